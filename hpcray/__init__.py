@@ -1,0 +1,69 @@
+"""hpcray is Ray as one MPI job: tasks, actors and objects on all nodes of an `mpirun` or Slurm allocation.
+
+Importing this package starts nothing and loads little: names are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_ORIGINS = {
+    "init": "hpcray.api",
+    "shutdown": "hpcray.api",
+    "is_initialized": "hpcray.api",
+    "remote": "hpcray.api",
+    "get": "hpcray.api",
+    "put": "hpcray.api",
+    "wait": "hpcray.api",
+    "kill": "hpcray.api",
+    "get_actor": "hpcray.api",
+    "nodes": "hpcray.api",
+    "cluster_resources": "hpcray.api",
+    "available_resources": "hpcray.api",
+    "get_gpu_ids": "hpcray.api",
+    "method": "hpcray.actors.actor_class",
+    "get_runtime_context": "hpcray.runtime_context",
+    "ObjectRef": "hpcray.object_ref",
+}
+_MODULES = ("exceptions", "runtime_context", "util", "actor", "api")
+
+__all__ = [*_ORIGINS, "exceptions", "__version__"]
+
+if TYPE_CHECKING:
+    from hpcray import exceptions as exceptions
+    from hpcray.actors.actor_class import method as method
+    from hpcray.api import (
+        available_resources as available_resources,
+        cluster_resources as cluster_resources,
+        get as get,
+        get_actor as get_actor,
+        get_gpu_ids as get_gpu_ids,
+        init as init,
+        is_initialized as is_initialized,
+        kill as kill,
+        nodes as nodes,
+        put as put,
+        remote as remote,
+        shutdown as shutdown,
+        wait as wait,
+    )
+    from hpcray.object_ref import ObjectRef as ObjectRef
+    from hpcray.runtime_context import get_runtime_context as get_runtime_context
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ORIGINS:
+        value = getattr(importlib.import_module(_ORIGINS[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"hpcray.{name}")
+    else:
+        raise AttributeError(f"module 'hpcray' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

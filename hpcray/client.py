@@ -1,0 +1,639 @@
+"""A driver's or worker's connection to its raylet: what the public API stands on.
+
+No thread of its own is needed: whoever waits reads the socket. Where several threads wait, one reads for all. Only a driver
+(which must show log lines while its user computes) and a worker that awaits references have a reader thread, and that
+sleeps while others read.
+
+Rules:
+  1. References are counted under `_lock`; `ObjectRef.__del__`, which may run anywhere, only appends to a deque.
+  2. What the deques hold leaves ahead of the next message, so a release never overtakes the use that preceded it.
+  3. Values of small objects are kept while a reference is held, so `get` twice costs one round trip.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+from hpcray import ids
+from hpcray.exceptions import GetTimeoutError, RaySystemError
+from hpcray.object_ref import ObjectRef, counted
+from hpcray.protocol import messages as m
+from hpcray.protocol.codec import LENGTH_SIZE, decode_from_raylet, split_stream, stream_frame
+from hpcray.store.arena import Arena
+from hpcray.worker.serialization import Serialized, deserialize, load_error
+
+RECEIVE_SIZE = 1 << 18
+MAX_DESCRIPTORS = 8
+"""At most so many arenas arrive in one read."""
+RELEASES_KEPT = 32
+"""So many dropped references wait for the next message before they are sent by themselves."""
+READER_PAUSE = 0.05
+"""Seconds that the reader thread leaves the socket to threads that wait for something."""
+
+ForkError = RuntimeError
+
+
+class _Stored:
+    """An object in an arena that the raylet keeps in place for us, until all views of it are dead."""
+
+    __slots__ = ("id", "place", "views")
+
+    def __init__(self, identifier: bytes, place: m.StoredObject | m.StoredValue) -> None:
+        self.id = identifier
+        self.place = place
+        self.views = 0
+
+
+class Client:
+    """One process's connection to its raylet.
+
+    Args:
+        sock: Connected stream socket; owned from now on.
+        is_driver: False in workers, which hand back tasks before they block.
+    """
+
+    def __init__(self, sock: socket.socket, *, is_driver: bool) -> None:
+        sock.setblocking(True)
+        self.is_driver = is_driver
+        self.rank = 0
+        self.host = ""
+        self.job = b""
+        self.job_definition = b""
+        """Id of the definition that holds the job's configuration, part of every template made here."""
+        self.namespace = ""
+        self.inline_limit = 0
+        self.prefix = b""
+        self.templates: dict[bytes, m.Template] = {}
+        self.blobs: dict[bytes, bytes] = {}
+        self.inbox: deque[m.Run] = deque()
+        self.exit_asked = False
+        self.on_log: Callable[[m.LogLines], None] = lambda _lines: None
+        self.before_blocking: Callable[[], None] = lambda: None
+        """In workers: hand back what was not started; called before and while user code waits."""
+        self.is_closed = False
+        self._sock = sock
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        self._turn = threading.Condition()
+        self._followers = 0
+        self._busy = 0
+        self._blocked = 0
+        """Threads of user code that wait in `get` or `wait`."""
+        self._reader: threading.Thread | None = None
+        self._buffer = bytearray()
+        self._descriptors: deque[int] = deque()
+        self._poller = select.poll()
+        self._poller.register(sock.fileno(), select.POLLIN)
+        self._counter = 0
+        self._counts: dict[bytes, int] = {}
+        self._dead: deque[bytes] = deque()
+        self._dead_views: deque[_Stored] = deque()
+        self._pending: list[Any] = []
+        self._values: dict[bytes, bytes | _Stored] = {}
+        self._ready: set[bytes] = set()
+        self._watched: set[bytes] = set()
+        self._large: set[bytes] = set()
+        self._reservations: dict[bytes, int | bytes] = {}
+        self._answers: dict[int, m.Answer] = {}
+        self._futures: dict[bytes, list[concurrent.futures.Future[Any]]] = {}
+        self._defined: set[bytes] = set()
+        self._arenas: dict[int, Arena] = {}
+        self._refusal: str | None = None
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            m.InlineObject: self._on_inline_object, m.StoredObject: self._on_stored_object, m.Run: self._on_run,
+            m.Ready: self._on_ready, m.Reserved: self._on_reserved, m.ReserveFailed: self._on_reserve_failed,
+            m.Answer: self._on_answer, m.Define: self._on_define, m.DefineTemplate: self._on_define_template,
+            m.Registered: self._on_registered, m.Refused: self._on_refused, m.MapArena: self._on_map_arena,
+            m.LogLines: lambda lines: self.on_log(lines), m.Exit: self._on_exit,
+        }  # fmt: skip
+
+    # -------------------------------------------------------------------------------------------------------- sending
+    def send(self, message: Any) -> None:
+        """Send one message, after the releases that came before it. May block while the raylet is busy.
+
+        Raises:
+            RuntimeError: This process was forked from the one that owns the connection.
+            RaySystemError: The connection is gone.
+        """
+        with self._lock:
+            self._send_locked(message)
+
+    def _send_locked(self, message: Any | None) -> None:
+        if os.getpid() != self._pid:
+            raise ForkError(
+                "this process was forked from one that is connected to hpcray and cannot use its connection: run the code "
+                "as a task or actor, or start the process with subprocess or the 'spawn' method"
+            )
+        batch = self._pending
+        if self._dead or self._dead_views:
+            self._collect_released(batch)
+        if message is not None:
+            batch.append(message)
+        if not batch:
+            return
+        self._pending = []
+        try:
+            self._sock.sendall(stream_frame(batch))
+        except OSError as error:
+            raise self._connection_lost() from error
+
+    def _collect_released(self, batch: list[Any]) -> None:
+        released: list[bytes] = []
+        unpinned: list[bytes] = []
+        counts, values = self._counts, self._values
+        while self._dead:
+            identifier = self._dead.popleft()
+            left = counts[identifier] - 1
+            if left:
+                counts[identifier] = left
+                continue
+            del counts[identifier]
+            released.append(identifier)
+            value = values.pop(identifier, None)
+            if isinstance(value, _Stored) and value.views == 0:
+                unpinned.append(identifier)
+            self._ready.discard(identifier)
+            self._watched.discard(identifier)
+            self._large.discard(identifier)
+        while self._dead_views:
+            stored = self._dead_views.popleft()
+            stored.views -= 1
+            if stored.views == 0:
+                unpinned.append(stored.id)
+                if values.get(stored.id) is stored:
+                    del values[stored.id]
+        if unpinned:
+            batch.append(m.Unpin(unpinned))
+        if released:
+            batch.append(m.Release(released))
+
+    def flush(self) -> None:
+        """Send what was released since the last message."""
+        if self._dead or self._dead_views or self._pending:
+            with self._lock:
+                self._send_locked(None)
+
+    def _flush_soon(self) -> None:
+        # Called from __del__ and finalizers, maybe in the middle of another send of this very thread: never waits.
+        if self._lock.acquire(blocking=False):
+            try:
+                with contextlib.suppress(Exception):
+                    self._send_locked(None)
+            finally:
+                self._lock.release()
+
+    # ------------------------------------------------------------------------------------------------------- counting
+    def count_down(self, identifier: bytes) -> None:
+        """An `ObjectRef` instance died. From any thread, at any point."""
+        if os.getpid() != self._pid or self.is_closed:
+            return
+        self._dead.append(identifier)
+        if len(self._dead) >= RELEASES_KEPT or identifier in self._large:
+            self._flush_soon()
+
+    def adopt(self, identifier: bytes) -> ObjectRef[Any]:
+        """The reference that was just unpickled here."""
+        with self._lock:
+            known = self._counts.get(identifier, 0)
+            self._counts[identifier] = known + 1
+            if not known:
+                self._pending.append(m.AddReferences([identifier]))
+        return counted(identifier, self)
+
+    def keep_forever(self, identifier: bytes) -> None:
+        """The user pickled a reference: hpcray cannot see where it goes."""
+        self.send(m.KeepForever([identifier]))
+
+    def new_task_id(self) -> bytes:
+        """The id of a new task or put; its home is this client's raylet."""
+        with self._lock:
+            self._counter += 1
+            return ids.task_id(self.prefix, self._counter)
+
+    def submit(self, message: m.Submit | m.Call | m.CreateActor, returns: Sequence[bytes]) -> list[ObjectRef[Any]]:
+        """Send a task or call; the references of its returns."""
+        with self._lock:
+            counts = self._counts
+            for identifier in returns:
+                counts[identifier] = 1
+            self._send_locked(message)
+        return [counted(identifier, self) for identifier in returns]
+
+    # ---------------------------------------------------------------------------------------------------- definitions
+    def define(self, identifier: bytes, blob: bytes) -> None:
+        """Make a function, class or job configuration known; sent once per process."""
+        if identifier not in self._defined:
+            self._defined.add(identifier)
+            self.send(m.Define(identifier, blob))
+
+    def define_template(self, identifier: bytes, template: m.Template) -> None:
+        """Make a template known; what it names was defined before."""
+        if identifier not in self._defined:
+            self._defined.add(identifier)
+            self.templates[identifier] = template
+            self.send(m.DefineTemplate(identifier, template))
+
+    # -------------------------------------------------------------------------------------------------------- objects
+    def put(self, value: Serialized) -> ObjectRef[Any]:
+        """Store a value. Blocks while a full store makes room.
+
+        Raises:
+            ObjectStoreFullError: No room came in time.
+        """
+        identifier = ids.object_id(self.new_task_id(), 0)
+        if value.size <= self.inline_limit:
+            data = value.to_bytes()
+            self._values[identifier] = data
+            message: m.PutInline | m.Seal = m.PutInline(identifier, data, value.nested)
+        else:
+            self.write_to_arena(identifier, value)
+            self._large.add(identifier)
+            message = m.Seal(identifier, value.nested)
+        return self.submit(message, [identifier])[0]  # type: ignore[arg-type]
+
+    def write_to_arena(self, identifier: bytes, value: Serialized) -> None:
+        """Reserve memory for a large object and copy it there; whoever calls this tells the raylet that it is written."""
+        self.send(m.Reserve(identifier, value.size))
+        self.wait_until(lambda: identifier in self._reservations, None)
+        offset = self._reservations.pop(identifier)
+        if isinstance(offset, bytes):
+            raise load_error(offset)
+        arena = self._arenas[self.rank]
+        arena.warm(offset, value.size, write=True)
+        with arena.view(offset, value.size) as target:
+            value.write(target)
+
+    def get(self, identifiers: Sequence[bytes], timeout: float | None) -> list[Any]:
+        """The values of objects, in order; the first that is an error is raised.
+
+        Raises:
+            GetTimeoutError: Not all came in time.
+        """
+        self.fetch(identifiers, timeout)
+        return [self._load(identifier) for identifier in identifiers]
+
+    def fetch(self, identifiers: Sequence[bytes], timeout: float | None) -> None:
+        """Block until the values of all these objects are at hand."""
+        values = self._values
+        missing = [identifier for identifier in dict.fromkeys(identifiers) if identifier not in values]
+        if not missing:
+            return
+        self._check_job(missing)
+        deadline = None if timeout is None else monotonic() + timeout
+
+        def complete() -> bool:
+            while missing and missing[-1] in values:
+                missing.pop()
+            return not missing
+
+        with self._blocking():
+            self.send(m.Get(missing, not self.is_driver))
+            if not self.wait_until(complete, deadline):
+                self._settle()
+                if not complete():
+                    self.send(m.StopGetting())
+                    raise GetTimeoutError(
+                        f"get() timed out after {timeout} s: {len(missing)} of {len(identifiers)} objects are not ready, "
+                        f"ObjectRef({missing[-1].hex()}) among them; they may still come, and get() may be called again"
+                    )
+
+    @contextlib.contextmanager
+    def _blocking(self) -> Iterator[None]:
+        self.before_blocking()
+        self._blocked += 1
+        try:
+            yield
+        finally:
+            self._blocked -= 1
+            if not self.is_driver:
+                self.send(m.Unblocked())
+
+    def _check_job(self, identifiers: Sequence[bytes]) -> None:
+        nonce = ids.nonce_of(self.prefix)
+        for identifier in identifiers:
+            if ids.nonce_of(identifier) != nonce:
+                raise ValueError(
+                    f"ObjectRef({identifier.hex()}) belongs to a job that has ended (hpcray was shut down and initialised "
+                    "again since): its value is gone"
+                )
+
+    def _load(self, identifier: bytes) -> Any:
+        while True:
+            with self._lock:
+                value = self._values.get(identifier)
+                if isinstance(value, _Stored):
+                    value.views += 1
+            if isinstance(value, _Stored):
+                return self._load_view(value)
+            if value is not None:
+                if identifier not in self._counts:
+                    del self._values[identifier]
+                return deserialize(value)
+            # Its last view died, in another thread, between our fetch and now.
+            self.fetch([identifier], None)
+
+    def load_argument(self, identifier: bytes, value: m.Value) -> Any:
+        """The value of a task's argument; arrays in an arena are views that keep its memory pinned."""
+        if isinstance(value, m.InlineValue):
+            return deserialize(value.data)
+        stored = _Stored(identifier, value)
+        stored.views = 1
+        return self._load_view(stored)
+
+    def _load_view(self, stored: _Stored) -> Any:
+        place = stored.place
+        arena = self._arenas[place.rank]
+        arena.warm(place.offset, place.size, write=False)
+        return deserialize(arena.pinned_view(place.offset, place.size, lambda: self._view_died(stored)))
+
+    def _view_died(self, stored: _Stored) -> None:
+        if os.getpid() == self._pid and not self.is_closed:
+            self._dead_views.append(stored)
+            self._flush_soon()
+
+    def wait(
+        self, identifiers: Sequence[bytes], num_returns: int, timeout: float | None, *, fetch: bool
+    ) -> set[bytes]:
+        """Block until `num_returns` of the objects exist (with `fetch`: are on this node); all that do."""
+        ready, values, watched = self._ready, self._values, self._watched
+        deadline = None if timeout is None else monotonic() + timeout
+
+        def enough() -> bool:
+            found = 0
+            for identifier in identifiers:
+                if identifier in ready or identifier in values:
+                    found += 1
+                    if found >= num_returns:
+                        return True
+            return False
+
+        if not enough():
+            self._check_job(identifiers)
+            new = [i for i in identifiers if i not in watched and i not in ready and i not in values]
+            watched.update(new)
+            with self._blocking():
+                if new or not self.is_driver:
+                    self.send(m.Watch(new, fetch))
+                if not self.wait_until(enough, deadline):
+                    self._settle()
+        return {i for i in identifiers if i in ready or i in values}
+
+    def _settle(self) -> None:
+        # A time-out of zero still deserves what the raylet has at hand: its answers precede the one to this ping.
+        self.query("ping", None)
+
+    def query(self, topic: str, arguments: Any) -> Any:
+        """Ask raylet or GCS a question; blocks for the round trip.
+
+        Raises:
+            Exception: The error that the GCS answered with.
+        """
+        with self._lock:
+            self._counter += 1
+            number = self._counter
+            self._send_locked(m.Query(number, topic, msgspec.msgpack.encode(arguments)))
+        self.wait_until(lambda: number in self._answers, None)
+        answer = self._answers.pop(number)
+        if not answer.ok:
+            raise load_error(answer.payload)
+        return msgspec.msgpack.decode(answer.payload) if answer.payload else None
+
+    def future(self, ref: ObjectRef[Any]) -> concurrent.futures.Future[Any]:
+        """A future that a reading thread completes."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        identifier = ref.binary()
+        # The future keeps the reference, or the object might be freed under it.
+        future.hpcray_ref = ref  # type: ignore[attr-defined]
+        with self._lock:
+            self._futures.setdefault(identifier, []).append(future)
+        if identifier in self._values:
+            self._complete_futures(identifier)
+        else:
+            self.start_reader()
+            self.send(m.Get([identifier], blocks=False))
+        return future
+
+    def _complete_futures(self, identifier: bytes) -> None:
+        with self._lock:
+            futures = self._futures.pop(identifier, [])
+        if not futures:
+            return
+        try:
+            value = self._load(identifier)
+        except BaseException as error:
+            for future in futures:
+                future.set_exception(error)
+        else:
+            for future in futures:
+                future.set_result(value)
+
+    # -------------------------------------------------------------------------------------------------------- reading
+    def wait_until(self, done: Callable[[], bool], deadline: float | None) -> bool:
+        """Read messages until `done()`; False if the deadline (of `time.monotonic`) came first."""
+        if done():
+            return True
+        self._busy += 1
+        try:
+            while not done():
+                left = None if deadline is None else deadline - monotonic()
+                if left is not None and left <= 0:
+                    return False
+                if self._read_lock.acquire(blocking=False):
+                    self._read_as_leader(done, left)
+                else:
+                    self._follow(left)
+            return True
+        finally:
+            self._busy -= 1
+
+    def _read_as_leader(self, done: Callable[[], bool], seconds: float | None) -> None:
+        try:
+            if not done():
+                self._pump(seconds)
+        finally:
+            self._read_lock.release()
+            if self._followers:
+                with self._turn:
+                    self._turn.notify_all()
+
+    def _follow(self, seconds: float | None) -> None:
+        with self._turn:
+            self._followers += 1
+            try:
+                # The leader looks at `_followers` after it let go of the lock: still taken here means that it will notify.
+                if self._read_lock.acquire(blocking=False):
+                    self._read_lock.release()
+                else:
+                    self._turn.wait(1.0 if seconds is None else min(seconds, 1.0))
+            finally:
+                self._followers -= 1
+
+    def _pump(self, seconds: float | None) -> None:
+        if seconds is not None and not self._poller.poll(max(0.0, seconds) * 1000):
+            return
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._sock, RECEIVE_SIZE, MAX_DESCRIPTORS)
+        except OSError as error:
+            raise self._connection_lost() from error
+        if not data:
+            raise self._connection_lost()
+        if descriptors:
+            self._descriptors.extend(descriptors)
+        buffer = self._buffer
+        if not buffer and len(data) >= LENGTH_SIZE and int.from_bytes(data[:LENGTH_SIZE], "big") == len(data) - LENGTH_SIZE:
+            self._dispatch(data[LENGTH_SIZE:])
+            return
+        buffer += data
+        for frame in split_stream(buffer):
+            self._dispatch(frame)
+
+    def _dispatch(self, frame: bytes) -> None:
+        handlers = self._handlers
+        for message in decode_from_raylet(frame):
+            handlers[type(message)](message)
+
+    def start_reader(self) -> None:
+        """Have a thread read what comes while no other thread does."""
+        if self._reader is None:
+            self._reader = threading.Thread(target=self._read_in_background, name="hpcray-reader", daemon=True)
+            self._reader.start()
+
+    def _read_in_background(self) -> None:
+        poller = select.poll()
+        poller.register(self._sock.fileno(), select.POLLIN)
+        try:
+            while not self.is_closed:
+                poller.poll()
+                if self._busy:
+                    # Whoever waits reads for itself; looking again at once would cost it the interpreter's lock.
+                    threading.Event().wait(READER_PAUSE)
+                    continue
+                if self._read_lock.acquire(blocking=False):
+                    self._read_as_leader(lambda: False, 0)
+        except Exception:
+            if not self.is_closed:
+                self._fail_futures()
+
+    def _fail_futures(self) -> None:
+        with self._lock:
+            futures = [future for group in self._futures.values() for future in group]
+            self._futures.clear()
+        for future in futures:
+            future.set_exception(self._connection_lost())
+
+    def _connection_lost(self) -> Exception:
+        if self._refusal is not None:
+            return RuntimeError(self._refusal)
+        return RaySystemError("the connection to this process's raylet is gone: the job has ended or its rank died")
+
+    # ------------------------------------------------------------------------------------------------------- messages
+    def _on_run(self, message: m.Run) -> None:
+        self.inbox.append(message)
+        if self._blocked:
+            self.before_blocking()
+
+    def _on_inline_object(self, message: m.InlineObject) -> None:
+        self._values[message.id] = message.data
+        if self._futures:
+            self._complete_futures(message.id)
+
+    def _on_stored_object(self, message: m.StoredObject) -> None:
+        with self._lock:
+            if message.id in self._values:
+                self._pending.append(m.Unpin([message.id]))
+            else:
+                self._values[message.id] = _Stored(message.id, message)
+        self._large.add(message.id)
+        if self._futures:
+            self._complete_futures(message.id)
+
+    def _on_ready(self, message: m.Ready) -> None:
+        self._ready.update(message.ids)
+        self._watched.difference_update(message.ids)
+
+    def _on_reserved(self, message: m.Reserved) -> None:
+        self._reservations[message.id] = message.offset
+
+    def _on_reserve_failed(self, message: m.ReserveFailed) -> None:
+        self._reservations[message.id] = message.error
+
+    def _on_answer(self, message: m.Answer) -> None:
+        self._answers[message.number] = message
+
+    def _on_define(self, message: m.Define) -> None:
+        self.blobs[message.id] = message.blob
+
+    def _on_define_template(self, message: m.DefineTemplate) -> None:
+        self.templates[message.id] = message.template
+
+    def _on_registered(self, message: m.Registered) -> None:
+        self.rank = message.rank
+        self.host = message.host
+        self.prefix = message.prefix
+        self.job = message.job
+        self.job_definition = message.definition
+        self.namespace = message.namespace
+        self.inline_limit = message.inline_limit
+        self._arenas[message.rank] = Arena.attach(self._descriptors.popleft())
+
+    def _on_refused(self, message: m.Refused) -> None:
+        self._refusal = message.reason
+
+    def _on_map_arena(self, message: m.MapArena) -> None:
+        self._arenas[message.rank] = Arena.attach(self._descriptors.popleft())
+
+    def _on_exit(self, message: m.Exit) -> None:
+        self.exit_asked = True
+
+    # ------------------------------------------------------------------------------------------------------------ end
+    def drain_logs(self) -> None:
+        """Handle what the raylet has sent so far, the lines of tasks that have been got among it."""
+        with contextlib.suppress(Exception):
+            self.query("ping", None)
+
+    def close(self) -> None:
+        """Close the connection. Values that were got before stay readable; references mean nothing any more."""
+        self.is_closed = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join(timeout=5)
+        self._sock.close()
+        for arena in self._arenas.values():
+            arena.close()
+
+
+_current: Client | None = None
+
+
+def set_client(client: Client | None) -> None:
+    """Make this the process's connection."""
+    global _current
+    _current = client
+
+
+def current_client() -> Client | None:
+    """The process's connection, if it has one."""
+    return _current
+
+
+def require_client() -> Client:
+    """The process's connection; a driver without one is initialised, as in Ray."""
+    if _current is None:
+        from hpcray.api import init
+
+        init()
+        assert _current is not None
+    return _current

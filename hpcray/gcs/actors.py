@@ -1,0 +1,206 @@
+"""The actor directory: where each actor lives, under which name, and why it died.
+
+    PENDING ──placed──► STARTING ──started──► ALIVE
+       ▲                    │ init failed        │ ended
+       └──── restarts left ─┴────────────────────┤
+                                                 └── none left, killed, unreferenced ──► DEAD
+
+Rules:
+  1. At most one incarnation of an actor is starting or alive; reports about an earlier one are ignored.
+  2. A name belongs to at most one actor that is not dead.
+  3. Everybody who watches an actor hears of each change, in order, and of its death last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from hpcray import payload
+from hpcray.gcs.scheduling import NodeView
+from hpcray.ids import home_of
+from hpcray.protocol import messages as m
+from hpcray.resources import Shape, slots
+
+PENDING, STARTING, ALIVE, DEAD = "pending", "starting", "alive", "dead"
+
+
+class ActorsOut(Protocol):
+    """The only way out of the directory."""
+
+    def send(self, rank: int, message: m.PeerMessage) -> None: ...
+
+
+class ActorRecord:
+    """One actor, from its registration to the end of the job."""
+
+    __slots__ = ("error", "id", "incarnation", "is_detached", "is_wanted_dead", "key", "rank", "restarts", "state", "template", "watchers")
+
+    def __init__(self, message: m.RegisterActor, restarts: int) -> None:
+        self.id = message.actor
+        self.template = message.template
+        self.key = (message.namespace, message.name) if message.name else None
+        self.is_detached = message.detached
+        self.is_wanted_dead = False
+        self.restarts = restarts
+        self.state = PENDING
+        self.rank = -1
+        self.incarnation = 0
+        self.error = b""
+        self.watchers: set[int] = {home_of(message.actor)}
+
+
+class Actors:
+    """All actors of all jobs: pure."""
+
+    def __init__(self, nodes: dict[int, NodeView], template: Callable[[bytes], m.Template], out: ActorsOut) -> None:
+        self._nodes = nodes
+        self._template = template
+        self._out = out
+        self.records: dict[bytes, ActorRecord] = {}
+        self.names: dict[tuple[str, str], tuple[bytes, bytes]] = {}
+        """(namespace, name) → actor and its pickled handle."""
+        self._pending: dict[bytes, None] = {}
+        self._early_watchers: dict[bytes, set[int]] = {}
+        self._living: dict[int, int] = {}
+        """Rank → actors that are starting or alive there."""
+
+    # ----------------------------------------------------------------------------------------------------------- names
+    def claim(self, namespace: str, name: str, actor: bytes, handle: bytes) -> bytes | None:
+        """Reserve a name; the error's payload if it is taken."""
+        if (namespace, name) in self.names:
+            where = f"namespace {namespace!r}"
+            text = f"the name {name!r} is taken by another actor of {where}: hpcray.get_actor({name!r}) finds it"
+            return payload.system_error("ActorAlreadyExistsError", text)
+        self.names[namespace, name] = (actor, handle)
+        return None
+
+    def find(self, namespace: str, name: str) -> bytes | None:
+        """The pickled handle of a named actor that is not dead."""
+        known = self.names.get((namespace, name))
+        return known[1] if known else None
+
+    # ------------------------------------------------------------------------------------------------------- life cycle
+    def on_register(self, message: m.RegisterActor) -> None:
+        spec = self._template(message.template)
+        record = ActorRecord(message, spec.actor.max_restarts if spec.actor else 0)
+        record.watchers |= self._early_watchers.pop(record.id, set())
+        self.records[record.id] = record
+        self._pending[record.id] = None
+
+    def place(self) -> None:
+        """Give pending actors a node, each the fitting one with the fewest actors. Once per turn."""
+        for identifier in list(self._pending):
+            record = self.records[identifier]
+            spec = self._template(record.template)
+            rank = self._choose(spec)
+            if rank is None:
+                continue
+            del self._pending[identifier]
+            record.state = STARTING
+            record.rank = rank
+            record.incarnation += 1
+            self._living[rank] = self._living.get(rank, 0) + 1
+            available = self._nodes[rank].available
+            for name, amount in spec.resources.items():
+                available[name] = available.get(name, 0) - amount
+            self._out.send(home_of(identifier), m.PlaceActor(identifier, record.incarnation, rank))
+
+    def _choose(self, spec: m.Template) -> int | None:
+        needed: Shape = spec.actor.placement if spec.actor and spec.actor.placement else spec.resources
+        fitting = [rank for rank, node in self._nodes.items() if slots(node.available, needed)]
+        if spec.node is not None and (spec.node in fitting or not spec.node_is_soft):
+            return spec.node if spec.node in fitting else None
+        return min(fitting, key=lambda rank: (self._living.get(rank, 0), rank), default=None)
+
+    def on_started(self, message: m.ActorStarted) -> None:
+        record = self._current(message.actor, message.incarnation)
+        if record is None:
+            return
+        if message.error is not None:
+            self._leave(record)
+            self._die(record, message.error)
+            return
+        record.state = ALIVE
+        self._announce(record)
+
+    def on_ended(self, message: m.ActorEnded) -> None:
+        record = self._current(message.actor, message.incarnation)
+        if record is None:
+            return
+        self._leave(record)
+        if message.wanted or record.is_wanted_dead or record.restarts == 0:
+            self._die(record, message.error)
+            return
+        if record.restarts > 0:
+            record.restarts -= 1
+        record.state = PENDING
+        self._pending[record.id] = None
+        self._announce(record)
+
+    def on_unreferenced(self, identifier: bytes) -> None:
+        self._end(identifier, drain=True, why="its last handle went out of scope")
+
+    def on_kill(self, identifier: bytes, *, no_restart: bool) -> None:
+        if no_restart:
+            self._end(identifier, drain=False, why="it was killed by hpcray.kill()")
+        elif (record := self.records.get(identifier)) is not None and record.state == ALIVE:
+            self._out.send(record.rank, m.StopActor(identifier, drain=False))
+
+    def _end(self, identifier: bytes, *, drain: bool, why: str) -> None:
+        record = self.records.get(identifier)
+        if record is None or record.state == DEAD:
+            return
+        record.is_wanted_dead = True
+        if record.state == PENDING:
+            self._pending.pop(identifier, None)
+            text = f"Actor {identifier.hex()} died: {why}."
+            self._die(record, payload.system_error("ActorDiedError", text, identifier.hex()))
+        elif record.state == ALIVE or not drain:
+            # Sent while it is starting, this may arrive before the actor does: `_announce` repeats it.
+            self._out.send(record.rank, m.StopActor(identifier, drain))
+
+    def _leave(self, record: ActorRecord) -> None:
+        self._living[record.rank] -= 1
+
+    def _die(self, record: ActorRecord, error: bytes) -> None:
+        record.state = DEAD
+        record.error = error
+        record.rank = -1
+        if record.key is not None and self.names.get(record.key, (b"",))[0] == record.id:
+            del self.names[record.key]
+        self._announce(record)
+
+    def _current(self, identifier: bytes, incarnation: int) -> ActorRecord | None:
+        record = self.records.get(identifier)
+        if record is None or record.incarnation != incarnation or record.state not in (STARTING, ALIVE):
+            return None
+        return record
+
+    # -------------------------------------------------------------------------------------------------------- watchers
+    def on_watch(self, identifier: bytes, rank: int) -> None:
+        record = self.records.get(identifier)
+        if record is None:
+            self._early_watchers.setdefault(identifier, set()).add(rank)
+            return
+        record.watchers.add(rank)
+        self._tell(record, rank)
+
+    def _announce(self, record: ActorRecord) -> None:
+        for rank in record.watchers:
+            self._tell(record, rank)
+        if record.state == DEAD:
+            record.watchers.clear()
+        elif record.state == ALIVE and record.is_wanted_dead:
+            self._out.send(record.rank, m.StopActor(record.id, drain=True))
+
+    def _tell(self, record: ActorRecord, rank: int) -> None:
+        state = PENDING if record.state == STARTING else record.state
+        self._out.send(rank, m.ActorChanged(record.id, state, record.rank, record.incarnation, record.error))
+
+    # -------------------------------------------------------------------------------------------------------------- jobs
+    def end_job(self, is_of_job: Callable[[bytes], bool]) -> None:
+        """End the actors of a job; detached ones stay."""
+        for record in list(self.records.values()):
+            if is_of_job(record.template) and not record.is_detached:
+                self._end(record.id, drain=False, why="its job ended")

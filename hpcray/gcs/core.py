@@ -1,0 +1,162 @@
+"""The GCS: everything the control service knows.
+
+Rules:
+  1. No clock, socket, MPI or randomness here: `now` and messages come in, calls on `out` go out.
+  2. Handlers change state; grants and placements are made once per turn, in `end_turn`.
+  3. It sees classes of tasks and their counts, never tasks; actors one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from hpcray import payload
+from hpcray.gcs.actors import Actors
+from hpcray.gcs.scheduling import Scheduler
+from hpcray.ids import node_id
+from hpcray.protocol import messages as m
+from hpcray.raylet.core import NodeInfo
+from hpcray.resources import UNIT, Shape, as_floats
+
+_to_msgpack = msgspec.msgpack.encode
+_from_msgpack = msgspec.msgpack.decode
+
+
+class GcsOut(Protocol):
+    """The only way out of the GCS."""
+
+    def send(self, rank: int, message: m.PeerMessage) -> None: ...
+
+
+class GcsCore:
+    """The control service of one job."""
+
+    def __init__(
+        self, nodes: list[NodeInfo], nonce: bytes, template: Callable[[bytes], m.Template], out: GcsOut
+    ) -> None:
+        self.nodes = nodes
+        self._nonce = nonce
+        self._template = template
+        self._out = out
+        self.scheduler = Scheduler({node.rank: node.resources for node in nodes}, template)
+        self.actors = Actors(self.scheduler.nodes, template, out)
+        self._handlers: dict[type, Callable[[int, Any], None]] = {
+            m.Demand: self.scheduler.on_demand,
+            m.Load: lambda rank, x: self.scheduler.nodes[rank].on_load(x),
+            m.GrantReturned: lambda _, x: self.scheduler.nodes[x.rank].give_back(x.template, x.count),
+            m.RegisterActor: lambda _, x: self.actors.on_register(x),
+            m.ActorStarted: lambda _, x: self.actors.on_started(x),
+            m.ActorEnded: lambda _, x: self.actors.on_ended(x),
+            m.ActorUnreferenced: lambda _, x: self.actors.on_unreferenced(x.actor),
+            m.KillActor: lambda _, x: self.actors.on_kill(x.actor, no_restart=x.no_restart),
+            m.WatchActor: lambda rank, x: self.actors.on_watch(x.actor, rank),
+            m.Ask: self._on_ask,
+            m.EndJob: self._on_end_job,
+        }
+        self._answers: dict[str, Callable[[Any], Any]] = {
+            "nodes": lambda _: [self._describe(node) for node in nodes],
+            "cluster_resources": lambda _: self._sum([node.resources for node in nodes]),
+            "available_resources": lambda _: self._available(),
+            "claim_name": self._claim_name,
+            "get_actor": self._get_actor,
+            "named_actors": lambda _: [list(key) for key in self.actors.names],
+        }
+
+    def on_message(self, rank: int, message: m.PeerMessage) -> None:
+        """A raylet's message.
+
+        Raises:
+            KeyError: Not a message to the GCS.
+        """
+        self._handlers[type(message)](rank, message)
+
+    def end_turn(self, now: float) -> None:
+        """Make the grants and placements that this turn's news allow."""
+        self.actors.place()
+        for home, grant in self.scheduler.grants():
+            self._out.send(home, grant)
+
+    def _on_ask(self, rank: int, message: m.Ask) -> None:
+        try:
+            answer = self._answers[message.topic](_from_msgpack(message.arguments))
+        except _Refusal as refusal:
+            told = m.Told(message.client, message.number, ok=False, payload=refusal.payload)
+        else:
+            told = m.Told(message.client, message.number, ok=True, payload=_to_msgpack(answer))
+        self._out.send(rank, told)
+
+    def _on_end_job(self, rank: int, message: m.EndJob) -> None:
+        def is_of_job(template: bytes) -> bool:
+            return self._template(template).job == message.job
+
+        self.scheduler.drop_home(is_of_job)
+        self.actors.end_job(is_of_job)
+        for node in self.nodes:
+            self._out.send(node.rank, m.JobEnded(message.job))
+
+    # --------------------------------------------------------------------------------------------------------- answers
+    def _describe(self, node: NodeInfo) -> dict[str, Any]:
+        identifier = node_id(self._nonce, node.rank)
+        return {
+            "NodeID": identifier,
+            "Alive": True,
+            "alive": True,
+            "NodeManagerAddress": node.host,
+            "NodeManagerHostname": node.host,
+            "NodeManagerPort": 0,
+            "ObjectManagerPort": 0,
+            "ObjectStoreSocketName": "",
+            "RayletSocketName": "",
+            "NodeName": node.host,
+            "DeathReason": 0,
+            "DeathReasonMessage": "",
+            "Rank": node.rank,
+            "Pid": node.pid,
+            "Resources": self._with_node_names([node], dict(node.resources)),
+            "Labels": {"ray.io/node-id": identifier},
+        }
+
+    def _sum(self, shapes: list[Shape]) -> dict[str, float]:
+        total: Shape = {}
+        for shape in shapes:
+            for name, amount in shape.items():
+                total[name] = total.get(name, 0) + amount
+        return self._with_node_names(self.nodes, total)
+
+    def _available(self) -> dict[str, float]:
+        views = self.scheduler.nodes.values()
+        free = self._sum([{n: max(0, a) for n, a in view.available.items()} for view in views])
+        return {name: amount for name, amount in free.items() if amount > 0}
+
+    def _with_node_names(self, nodes: list[NodeInfo], shape: Shape) -> dict[str, float]:
+        for node in nodes:
+            shape[f"node:{node.host}"] = UNIT
+            if node.rank == 0:
+                shape["node:__internal_head__"] = UNIT
+        return as_floats({name: amount for name, amount in shape.items() if amount})
+
+    def _claim_name(self, arguments: Any) -> None:
+        namespace, name, actor, handle = arguments
+        error = self.actors.claim(namespace, name, actor, handle)
+        if error is not None:
+            raise _Refusal(error)
+
+    def _get_actor(self, arguments: Any) -> bytes:
+        namespace, name = arguments
+        handle = self.actors.find(namespace, name)
+        if handle is None:
+            text = (
+                f"there is no actor named {name!r} in namespace {namespace!r}: it was never created, has died, or lives "
+                "in another namespace (get_actor(name, namespace=…))"
+            )
+            raise _Refusal(payload.system_error("ValueError", text))
+        return handle
+
+
+class _Refusal(Exception):
+    def __init__(self, error: bytes) -> None:
+        super().__init__(error)
+        self.payload = error

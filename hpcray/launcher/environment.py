@@ -1,0 +1,80 @@
+"""Environments of child processes: without the marks of an MPI rank, with limits for thread pools. Pure.
+
+What launchers add to a rank was compared by experiment: Open MPI 5 sets `OMPI_*` and `PMIX_*` (identity, contact,
+and `OMPI_MCA_*` for its own use), MPICH's hydra sets `PMI_*`, `MPI_LOCAL*` and `HYDI_CONTROL_FD`. A process that
+keeps them believes that it is that rank: `MPI_Init` in it hangs or aborts, and `mpirun` refuses to start.
+What a user sets to configure MPI is kept, so that a task's own `mpirun` behaves as in the user's shell.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+DRIVER_SOCKET = "HPCRAY_DRIVER"
+
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+
+_IDENTITY = re.compile(
+    r"""
+    # Open MPI: all but the permission to run as root, compiler wrappers, and MCA parameters ...
+    OMPI_(?!ALLOW_RUN_AS_ROOT|MCA_|(CC|CXX|FC|CPPFLAGS|CFLAGS|CXXFLAGS|FCFLAGS|LDFLAGS|LIBS)$)
+    # ... except the parameters by which the launcher (4 and 5) tells a rank who it is.
+    | OMPI_MCA_(PREFIXES$|cpu_type$|initial_wdir$|num_procs$|mpi_ft_enable$|ess|orte_|pmix|opal_|shmem_RUNTIME)
+    | OPAL_USER_PARAMS_GIVEN$
+    # PMIx and its runtime: parameters and installation prefixes are configuration.
+    | PMIX_(?!MCA_|PREFIX$|INSTALL_PREFIX$)
+    | PRTE_(?!MCA_|PREFIX$)
+    | PRTE_MCA_(PREFIXES$|ess|prte_(hnp|parent|ess)|plm_ssh_|schizo_proxy$)
+    # PMI 1 and 2: hydra, Slurm, Cray, Flux. HYDRA_* only configures mpiexec.
+    | PMI2?_
+    | HYDI_
+    | MPI_LOCAL(NRANKS|RANKID)$
+    | MV2_COMM_WORLD_
+    | PALS_
+    | ALPS_APP_
+    | FLUX_TASK_
+    # Slurm: the step, not the job.
+    | SLURM_(STEP|SRUN_COMM_|PMIX|PMI2|CPU_BIND|MEM_BIND)
+    | SLURMD_(NODENAME|DEBUG)$
+    | SLURM_(PROCID|LOCALID|NODEID|TASK_PID|GTIDS|LAUNCH_NODE_IPADDR|MPI_TYPE)$
+    | HPCRAY_DRIVER$
+    """,
+    re.VERBOSE,
+)
+
+
+def scrub(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what would make a child believe that it is this MPI rank, or this job's driver."""
+    return {name: value for name, value in env.items() if not _IDENTITY.match(name)}
+
+
+def thread_limits(num_cpus: float, env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that keep thread pools to a task's CPUs, for those that `env` leaves open.
+
+    As in Ray the number is ``max(1, int(num_cpus))``. A user's `OMP_NUM_THREADS` governs the other libraries too.
+    """
+    if "OMP_NUM_THREADS" in env:
+        return {}
+    return {name: str(max(1, int(num_cpus))) for name in THREAD_VARIABLES if name not in env}
+
+
+def driver_socket_value(fd: int, inode: int) -> str:
+    """The value of `HPCRAY_DRIVER`: a descriptor, and what proves to a grandchild that it is not its own."""
+    return f"{fd}:{inode}"
+
+
+def parse_driver_socket(value: str) -> tuple[int, int]:
+    """``(fd, inode)`` of `driver_socket_value`: the driver checks that ``os.fstat(fd).st_ino`` is that inode.
+
+    Raises:
+        ValueError: Not such a value.
+    """
+    fd, inode = value.split(":")
+    return int(fd), int(inode)

@@ -1,0 +1,159 @@
+"""What `hpcray run` was asked to do: one frozen value, built by the command line and by `init()`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_NO_RESOURCES: Mapping[str, float] = MappingProxyType({})
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "K": 10**3,
+    "KB": 10**3,
+    "KIB": 2**10,
+    "M": 10**6,
+    "MB": 10**6,
+    "MIB": 2**20,
+    "G": 10**9,
+    "GB": 10**9,
+    "GIB": 2**30,
+    "T": 10**12,
+    "TB": 10**12,
+    "TIB": 2**40,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)", re.ASCII)
+
+# Resources with an option of their own; a custom resource may not take their names.
+_RESERVED = {"CPU": "--num-cpus", "GPU": "--num-gpus", "memory": "the memory of the host"}
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """How to start a job. ``None`` always means: detect it, or use the default.
+
+    Attributes:
+        script: The driver's whole command line (``[python, *flags, script, *args]``), or None for a job
+            that stays up and waits for drivers to attach.
+        num_cpus: CPUs that each rank offers.
+        num_gpus: GPUs that each rank offers.
+        resources: Custom resources that each rank offers, by name.
+        object_store_memory: Bytes of each rank's arena.
+        head_cpus: CPUs that rank 0 offers, whatever else runs on its host.
+        log_dir: Directory for the job's full logs; None keeps no files.
+        log_to_driver: Whether what workers print appears at the driver.
+        namespace: The driver's namespace for named actors.
+    """
+
+    script: list[str] | None = None
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    resources: Mapping[str, float] = field(default_factory=lambda: _NO_RESOURCES)
+    object_store_memory: int | None = None
+    head_cpus: float | None = None
+    log_dir: str | None = None
+    log_to_driver: bool = True
+    namespace: str | None = None
+
+
+def job_arguments(options: JobOptions) -> list[str]:
+    """The command-line options (without the script) from which `hpcray run` makes these options again."""
+    arguments: list[str] = []
+    for name, value in (
+        ("--num-cpus", options.num_cpus),
+        ("--num-gpus", options.num_gpus),
+        ("--resources", json.dumps(dict(options.resources)) if options.resources else None),
+        ("--object-store-memory", options.object_store_memory),
+        ("--head-cpus", options.head_cpus),
+        ("--namespace", options.namespace),
+        ("--log-dir", options.log_dir),
+    ):
+        if value is not None:
+            arguments += [name, str(value)]
+    if not options.log_to_driver:
+        arguments.append("--no-log-to-driver")
+    return arguments
+
+
+def interpreter_flags(orig_argv: Sequence[str]) -> list[str]:
+    """Python's own options (``-u``, ``-X dev``, …) in a ``sys.orig_argv``; the script runs under them too."""
+    flags: list[str] = []
+    rest = iter(orig_argv[1:])
+    for argument in rest:
+        if not argument.startswith("-") or argument == "-":
+            break
+        if argument in ("-W", "-X", "--check-hash-based-pycs"):
+            flags += [argument, next(rest, "")]
+        elif argument.startswith(("-W", "-X", "--")):
+            flags.append(argument)
+        else:
+            # A cluster such as -Im: what follows the m (or c) is the program, not an option.
+            options = re.split("[mc]", argument, maxsplit=1)[0]
+            if options != "-":
+                flags.append(options)
+            if options != argument:
+                break
+    return flags
+
+
+def parse_size(text: str) -> int:
+    """Bytes for ``200MB`` (decimal), ``4GiB`` (binary), ``1.5G`` or a bare number.
+
+    Raises:
+        ValueError: Not a size, or less than one byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    factor = _UNITS.get(match[2].upper()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not a size; write for example 200MB, 4GiB or a number of bytes")
+    size = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+    if size < 1:
+        raise ValueError(f"{text!r} is less than one byte")
+    return size
+
+
+def parse_amount(text: str) -> float:
+    """A number of CPUs or GPUs, as an int where it is whole.
+
+    Raises:
+        ValueError: Not a finite number >= 0.
+    """
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = math.nan
+    if not math.isfinite(amount) or amount < 0:
+        raise ValueError(f"{text!r} is not a number >= 0")
+    return int(amount) if amount.is_integer() else amount
+
+
+def parse_resources(text: str) -> dict[str, float]:
+    """Custom resources from a JSON object such as ``{"licence": 2}``.
+
+    Raises:
+        ValueError: Not a JSON object of names and numbers >= 0, or a name that hpcray uses itself.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error}); write for example '{{\"licence\": 2}}'") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a JSON object such as '{{\"licence\": 2}}', not {text}")
+    for name, amount in value.items():
+        if not name:
+            raise ValueError("a resource needs a name")
+        if name in _RESERVED:
+            raise ValueError(f"{name!r} is not a custom resource; it comes from {_RESERVED[name]}")
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not math.isfinite(amount):
+            raise ValueError(f"the amount of {name!r} must be a number, not {json.dumps(amount)}")
+        if amount < 0:
+            raise ValueError(f"the amount of {name!r} must not be negative: {amount}")
+    return {name: float(amount) for name, amount in value.items()}

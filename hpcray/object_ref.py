@@ -1,0 +1,98 @@
+"""`ObjectRef`: the promise of a value somewhere in the job."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from hpcray.ids import OBJECT_ID_SIZE, task_of
+from hpcray.worker.serialization import context
+
+if TYPE_CHECKING:
+    from hpcray.client import Client
+
+T = TypeVar("T")
+
+
+class ObjectRef(Generic[T]):
+    """A reference to an object that exists or will exist; the object lives as long as somebody holds one.
+
+    Compares and hashes by id, may be passed to tasks and actors, stored in other objects, awaited, and pickled (which
+    keeps the object for the rest of the job, since hpcray cannot see where the pickle goes).
+    """
+
+    __slots__ = ("__weakref__", "_client", "_id")
+
+    def __init__(self, identifier: bytes) -> None:
+        if not isinstance(identifier, bytes) or len(identifier) != OBJECT_ID_SIZE:
+            raise ValueError(f"an ObjectRef is made of {OBJECT_ID_SIZE} bytes, not of {identifier!r}")
+        self._id = identifier
+        self._client: Client | None = None
+        """Who counts this instance; None for one that the user made of bytes."""
+
+    def __del__(self) -> None:
+        client = self._client
+        if client is not None:
+            client.count_down(self._id)
+
+    def binary(self) -> bytes:
+        """The id as bytes."""
+        return self._id
+
+    def hex(self) -> str:
+        """The id in hexadecimal digits."""
+        return self._id.hex()
+
+    def task_id(self) -> bytes:
+        """The id of the task that makes the object."""
+        return task_of(self._id)
+
+    def is_nil(self) -> bool:
+        """Whether this is the reference to nothing; hpcray makes none."""
+        return False
+
+    def future(self) -> concurrent.futures.Future[T]:
+        """A `concurrent.futures.Future` of the value, completed by a background thread."""
+        from hpcray.client import require_client
+
+        return require_client().future(self)
+
+    def as_future(self) -> asyncio.Future[T]:
+        """An `asyncio.Future` of the value in the running event loop."""
+        return asyncio.wrap_future(self.future())
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self.as_future().__await__()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectRef) and other._id == self._id
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+    def __repr__(self) -> str:
+        return f"ObjectRef({self._id.hex()})"
+
+    def __reduce__(self) -> Any:
+        collected = context.pickled
+        if collected is not None:
+            collected.append(self._id)
+        elif self._client is not None:
+            self._client.keep_forever(self._id)
+        return _rebuild, (self._id,)
+
+
+def counted(identifier: bytes, client: Client) -> ObjectRef[Any]:
+    """A reference whose instance `client` has counted already."""
+    ref: ObjectRef[Any] = ObjectRef.__new__(ObjectRef)
+    ref._id = identifier
+    ref._client = client
+    return ref
+
+
+def _rebuild(identifier: bytes) -> ObjectRef[Any]:
+    from hpcray.client import require_client
+
+    return require_client().adopt(identifier)

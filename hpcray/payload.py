@@ -1,0 +1,87 @@
+"""The bytes of an object: what they start with says how to read them. No pickle is opened here, so raylets may use it.
+
+    byte 0     kind
+    PICKLE     the pickle follows
+    BUFFERS    a header (`_HEADER`), the sizes of the out-of-band buffers (u64 each), the pickle, then each buffer on a
+               64-byte boundary counted from the start of the payload
+    RAW        the bytes of a `bytes` object follow
+    TASK_ERROR a pickled exception follows
+    SYSTEM_ERROR  msgpack [class name, arguments] of an exception that a raylet made
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+PICKLE, BUFFERS, RAW, TASK_ERROR, SYSTEM_ERROR = 0, 1, 2, 16, 17
+ALIGNMENT = 64
+NONE = bytes([PICKLE]) + b"\x80\x05N."
+"""The payload of None, the most frequent result."""
+
+_HEADER = struct.Struct("<B7xQQ")
+"""Kind, number of buffers, length of the pickle."""
+
+
+def is_error(payload: bytes) -> bool:
+    """Whether the payload is an exception to raise rather than a value."""
+    return payload[0] >= TASK_ERROR
+
+
+def system_error(name: str, *arguments: Any) -> bytes:
+    """The payload of an exception that hpcray itself raises; `name` is one of `exceptions.from_description`."""
+    return bytes([SYSTEM_ERROR]) + msgspec.msgpack.encode([name, list(arguments)])
+
+
+def describe_system_error(payload: bytes) -> tuple[str, list[Any]]:
+    """Inverse of `system_error`: class name and arguments."""
+    name, arguments = msgspec.msgpack.decode(payload[1:])
+    return name, arguments
+
+
+class Layout:
+    """Where pickle and buffers go in a payload of kind BUFFERS, and how large it is in all."""
+
+    __slots__ = ("buffers", "head", "offsets", "size")
+
+    def __init__(self, pickle: bytes, buffers: Sequence[memoryview]) -> None:
+        sizes = [buffer.nbytes for buffer in buffers]
+        self.head = _HEADER.pack(BUFFERS, len(sizes), len(pickle)) + struct.pack(f"<{len(sizes)}Q", *sizes) + pickle
+        self.buffers = buffers
+        self.offsets: list[int] = []
+        position = len(self.head)
+        for size in sizes:
+            position = -(-position // ALIGNMENT) * ALIGNMENT
+            self.offsets.append(position)
+            position += size
+        self.size = position
+
+    def to_bytes(self) -> bytes:
+        """The whole payload, copied."""
+        target = bytearray(self.size)
+        self.write(memoryview(target))
+        return bytes(target)
+
+    def write(self, target: memoryview) -> None:
+        """Copy the payload into writable memory of at least `size` bytes."""
+        target[: len(self.head)] = self.head
+        for offset, buffer in zip(self.offsets, self.buffers, strict=True):
+            target[offset : offset + buffer.nbytes] = buffer
+
+
+def split_buffers(payload: memoryview) -> tuple[memoryview, list[memoryview]]:
+    """The pickle and the buffers of a payload of kind BUFFERS, all as views of it."""
+    _, count, pickle_size = _HEADER.unpack_from(payload)
+    sizes = struct.unpack_from(f"<{count}Q", payload, _HEADER.size)
+    position = _HEADER.size + 8 * count
+    pickle = payload[position : position + pickle_size]
+    position += pickle_size
+    buffers = []
+    for size in sizes:
+        position = -(-position // ALIGNMENT) * ALIGNMENT
+        buffers.append(payload[position : position + size])
+        position += size
+    return pickle, buffers

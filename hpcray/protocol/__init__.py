@@ -1,0 +1,1 @@
+"""What processes say to each other: `messages` (the declarations) and `codec` (frames)."""

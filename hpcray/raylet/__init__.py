@@ -1,0 +1,1 @@
+"""The node manager of a rank: its workers, its tasks, its part of the object store."""

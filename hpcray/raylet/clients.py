@@ -1,0 +1,91 @@
+"""What a raylet remembers of each process connected to it."""
+
+from __future__ import annotations
+
+from hpcray.protocol.messages import Dependency
+from hpcray.store.table import Block
+
+
+class Client:
+    """A driver or worker, as its raylet sees it."""
+
+    __slots__ = (
+        "held", "is_driver", "job", "known", "mapped", "namespace", "number", "pid", "pins", "prefix", "reserved", "wanted",
+        "wants_logs", "watched", "worker",
+    )  # fmt: skip
+
+    def __init__(self, number: int, prefix: bytes, *, is_driver: bool) -> None:
+        self.number = number
+        self.prefix = prefix
+        self.is_driver = is_driver
+        self.pid = 0
+        self.job = b""
+        self.namespace = ""
+        self.wants_logs = False
+        self.held: set[bytes] = set()
+        """References that it holds; each is one hold in the object table."""
+        self.pins: dict[bytes, list[Block]] = {}
+        """Memory that it looks at, a block as often as it was sent."""
+        self.reserved: dict[bytes, Block] = {}
+        """Memory that it is writing."""
+        self.wanted: set[bytes] = set()
+        """Objects of its `get` that it has not been sent."""
+        self.watched: set[bytes] = set()
+        """Objects of its `wait` that do not exist yet."""
+        self.known: set[bytes] = set()
+        """Definitions that it has."""
+        self.mapped: set[int] = set()
+        """Ranks whose arenas it maps."""
+        self.worker: Worker | None = None
+
+
+class Worker:
+    """A worker process of the pool, as the scheduler of this raylet sees it."""
+
+    __slots__ = ("actor", "client", "is_blocked", "job", "lease_since", "tasks", "template")
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.job = b""
+        """The job whose code it has imported; it serves no other."""
+        self.template: bytes | None = None
+        """The scheduling class that it is leased to."""
+        self.tasks: dict[bytes, Work] = {}
+        """What was sent to it and not answered, in order: the first one runs."""
+        self.is_blocked = False
+        self.actor: bytes | None = None
+        self.lease_since = 0.0
+
+
+class Work:
+    """A task, actor creation or actor call that is to run on this raylet."""
+
+    __slots__ = (
+        "actor", "arguments", "attempt", "dependencies", "home", "method", "missing", "num_returns", "task", "template",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        task: bytes,
+        home: int,
+        attempt: int,
+        template: bytes,
+        arguments: bytes,
+        dependencies: list[Dependency],
+        *,
+        actor: bytes = b"",
+        method: str = "",
+        num_returns: int = 0,
+    ) -> None:
+        self.task = task
+        self.home = home
+        self.attempt = attempt
+        self.template = template
+        self.arguments = arguments
+        self.dependencies = dependencies
+        self.actor = actor
+        self.method = method
+        self.num_returns = num_returns
+        self.missing = 0
+        """Arguments that are still on their way to this node."""
+

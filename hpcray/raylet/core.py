@@ -1,0 +1,652 @@
+"""The raylet: what clients and peers tell it, brought to the part that it concerns.
+
+    ObjectTable   where objects are, who counts them            (store/table.py)
+    Tasks         tasks whose home this raylet is               (raylet/tasks.py)
+    Calls         actor calls of this raylet's clients          (raylet/calls.py)
+    Pool          workers, and what runs on them                (raylet/pool.py)
+    HostedActors  actors that live here                         (raylet/actors.py)
+
+Rules:
+  1. No clock, socket, process, MPI or randomness here: `now` and events come in, calls on `out` go out.
+  2. Handlers only change state; placing and dispatching happen once per turn, in `end_turn`.
+  3. User payloads are never opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from hpcray import payload
+from hpcray.exceptions import InternalError
+from hpcray.ids import client_prefix, object_id
+from hpcray.protocol import messages as m
+from hpcray.raylet.actors import HostedActors
+from hpcray.raylet.calls import Calls
+from hpcray.raylet.clients import Client, Worker, Work
+from hpcray.raylet.ledger import Ledger
+from hpcray.raylet.pool import Pool
+from hpcray.raylet.tasks import Tasks
+from hpcray.resources import Shape, as_floats
+from hpcray.store.allocator import Allocator
+from hpcray.store.table import HERE, INLINE, MAPPED, Block, Entry, ObjectTable
+
+
+class RayletOut(Protocol):
+    """The only way out of a raylet."""
+
+    def send(self, rank: int, message: m.PeerMessage) -> None: ...
+    def to_client(self, client: Client, message: m.RayletToClient) -> None: ...
+    def send_arena(self, client: Client, rank: int) -> None: ...
+    def start_worker(self, client: Client) -> None: ...
+    def kill_client(self, client: Client) -> None: ...
+    def close_client(self, client: Client) -> None: ...
+    def receive(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None: ...
+    def serve(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None: ...
+    def show(self, lines: m.LogLines) -> None: ...
+    def new_tag(self, rank: int) -> int: ...
+    def pull_failed(self, rank: int, tag: int) -> None: ...
+
+
+class GcsHere(Protocol):
+    """The GCS, as the raylet of the same process calls it."""
+
+    def on_message(self, rank: int, message: m.PeerMessage) -> None: ...
+    def end_turn(self, now: float) -> None: ...
+
+
+class NodeInfo:
+    """What every rank knows of every other from the boot on."""
+
+    __slots__ = ("arena_size", "host", "machine", "pid", "rank", "resources")
+
+    def __init__(self, rank: int, host: str, machine: str, pid: int, resources: Shape, arena_size: int) -> None:
+        self.rank = rank
+        self.host = host
+        self.machine = machine
+        """Ranks with the same one can map each other's memory."""
+        self.pid = pid
+        self.resources = resources
+        self.arena_size = arena_size
+
+
+class RayletCore:
+    """One rank's raylet: a pure core.
+
+    Args:
+        rank: Whose raylet this is.
+        nodes: All ranks of the job.
+        nonce: The job's nonce, part of all ids.
+        arena_start: First offset of the arena that objects may use.
+        inline_limit: Bytes up to which objects ride in messages.
+        store_timeout: Seconds that the creator of an object waits for room.
+        out: The way out.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        nodes: list[NodeInfo],
+        nonce: bytes,
+        *,
+        arena_start: int,
+        inline_limit: int,
+        store_timeout: float,
+        out: RayletOut,
+    ) -> None:
+        me = nodes[rank]
+        self.rank = rank
+        self.nodes = nodes
+        self.nonce = nonce
+        self.is_alone = len(nodes) == 1
+        self.now = 0.0
+        self._out = out
+        self._inline_limit = inline_limit
+        self._store_timeout = store_timeout
+        self._neighbours = {node.rank for node in nodes if node.machine == me.machine and node.rank != rank}
+        self.blobs: dict[bytes, bytes] = {}
+        self.templates: dict[bytes, m.Template] = {}
+        self._peers_know: dict[int, set[bytes]] = {}
+        self.clients: dict[int, Client] = {}
+        self._clients_made = 0
+        self.ended_jobs: set[bytes] = set()
+        self.table = ObjectTable(rank, Allocator(arena_start, me.arena_size), self)
+        self.ledger = Ledger(me.resources)
+        self.pool = Pool(self.ledger, self.table, self)
+        self.tasks = Tasks(self.table, self.pool, self)
+        self.calls = Calls(self.table, self)
+        self.hosted = HostedActors(self.pool, self)
+        self._loopback: list[tuple[bool, m.PeerMessage]] = []
+        """Messages of this rank to itself, with whether they are for the GCS; handled before the turn ends."""
+        self._reported: tuple[Shape, dict[bytes, int], dict[bytes, int]] | None = None
+        self._granted_classes: dict[bytes, int] = {}
+        self._warned: set[bytes] = set()
+        self.gcs: GcsHere | None = None
+        """On rank 0: the GCS of the same process."""
+        self._from_client: dict[type, Callable[[Client, Any], None]] = {
+            m.Submit: self._on_submit, m.TaskDone: self._on_task_done, m.Get: self._on_get, m.Release: self._on_release,
+            m.Call: self._on_call, m.Watch: self._on_watch, m.StopGetting: self._on_stop_getting,
+            m.PutInline: self._on_put_inline, m.Reserve: self._on_reserve, m.Seal: self._on_seal,
+            m.AddReferences: self._on_add_references, m.Unpin: self._on_unpin, m.KeepForever: self._on_keep_forever,
+            m.HandBack: self._on_hand_back, m.Unblocked: self._on_unblocked, m.ActorReady: self._on_actor_ready,
+            m.CreateActor: self._on_create_actor, m.Kill: self._on_kill, m.Query: self._on_query,
+            m.Define: self._on_client_define, m.DefineTemplate: self._on_client_define,
+        }  # fmt: skip
+        self._from_peer: dict[type, Callable[[int, Any], None]] = {
+            m.Execute: self._on_execute, m.ExecuteCall: self._on_execute_call, m.Finished: self._on_finished,
+            m.Crashed: self._on_crashed, m.StartActor: lambda rank, x: self.hosted.on_start(x, rank),
+            m.Locate: lambda rank, x: self.table.on_locate(x.id, rank), m.Located: lambda _, x: self.table.on_located(x),
+            m.Borrow: self._on_borrow, m.Borrowed: lambda rank, _: self.table.on_borrowed(rank),
+            m.Unborrow: lambda rank, x: self.table.on_unborrow(x.id, rank, x.count),
+            m.CopyAdded: lambda rank, x: self.table.on_copy_added(x, rank),
+            m.CopyDropped: lambda rank, x: self.table.on_copy_dropped(x.id, rank), m.Free: self._on_free,
+            m.Pull: lambda rank, x: self.table.on_pull(x, rank), m.MapObject: lambda rank, x: self.table.on_map(x.id, rank),
+            m.ObjectMapped: lambda rank, x: self.table.on_mapped(x, rank),
+            m.UnmapObject: lambda rank, x: self.table.on_unmap(x.id, rank), m.PullFailed: self._on_pull_failed,
+            m.Define: lambda _, x: self.define(x), m.DefineTemplate: lambda _, x: self.define(x),
+            m.Grant: lambda _, x: self.tasks.on_grant(x), m.PlaceActor: lambda _, x: self.calls.on_place(x),
+            m.ActorChanged: lambda _, x: self.calls.on_changed(x),
+            m.StopActor: lambda _, x: self.hosted.on_stop(x.actor, drain=x.drain), m.Told: self._on_told,
+            m.JobEnded: self._on_job_ended,
+        }  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------- way out
+    def send(self, rank: int, message: m.PeerMessage) -> None:
+        """To another raylet, or to this one itself at the end of the turn."""
+        if rank == self.rank:
+            self._loopback.append((False, message))
+        else:
+            self._out.send(rank, message)
+
+    def to_gcs(self, message: m.PeerMessage) -> None:
+        if self.gcs is not None:
+            self._loopback.append((True, message))
+        else:
+            self._out.send(0, message)
+
+    def is_same_host(self, rank: int) -> bool:
+        return rank in self._neighbours
+
+    def new_tag(self, rank: int) -> int:
+        return self._out.new_tag(rank)
+
+    def receive(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
+        self._out.receive(rank, tag, block, done)
+
+    def serve(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
+        self._out.serve(rank, tag, block, done)
+
+    # --------------------------------------------------------------------------------------------------- definitions
+    def define(self, message: m.Define | m.DefineTemplate) -> None:
+        """Remember a function, class, job configuration or template; the first definition of an id stays."""
+        if isinstance(message, m.Define):
+            self.blobs.setdefault(message.id, message.blob)
+        else:
+            self.templates.setdefault(message.id, message.template)
+
+    def _on_client_define(self, client: Client, message: m.Define | m.DefineTemplate) -> None:
+        client.known.add(message.id)
+        self.define(message)
+
+    def template(self, identifier: bytes) -> m.Template:
+        return self.templates[identifier]
+
+    def push_definitions(self, rank: int, template: bytes) -> None:
+        """Make sure that a peer has the template and what it names before it is used there."""
+        if rank == self.rank:
+            return
+        known = self._peers_know.setdefault(rank, set())
+        if template not in known:
+            for message in self._definitions(template, known):
+                self._out.send(rank, message)
+
+    def _definitions(self, identifier: bytes, known: set[bytes]) -> list[m.Define | m.DefineTemplate]:
+        template = self.templates[identifier]
+        messages: list[m.Define | m.DefineTemplate] = []
+        for blob in (template.job, template.function):
+            if blob not in known:
+                known.add(blob)
+                messages.append(m.Define(blob, self.blobs[blob]))
+        known.add(identifier)
+        messages.append(m.DefineTemplate(identifier, template))
+        return messages
+
+    def warn_if_infeasible(self, template: m.Template) -> None:
+        """Tell drivers, once per class, of a demand that no node of the job can ever meet."""
+        shape = template.actor.placement if template.actor and template.actor.placement else template.resources
+        if any(all(node.resources.get(k, 0) >= v for k, v in shape.items()) for node in self.nodes):
+            return
+        key = template.function + repr(sorted(shape.items())).encode()
+        if key not in self._warned:
+            self._warned.add(key)
+            most = {name: max(n.resources.get(name, 0) for n in self.nodes) for name in shape}
+            text = (
+                f"{template.name} needs {as_floats(shape)}, but no node of this job has more than {as_floats(most)}: "
+                "it will wait for ever. Ask for less, or give the job more (e.g. --num-cpus, --resources)."
+            )
+            self.notify(text)
+
+    def notify(self, text: str) -> None:
+        """Show a line to the users of all drivers."""
+        self._out.show(m.LogLines(b"", "", 0, "", is_error=True, lines=[text]))
+
+    # ------------------------------------------------------------------------------------------------------- clients
+    def add_client(self, *, is_driver: bool) -> Client:
+        """A driver connected, or a worker is being started."""
+        self._clients_made += 1
+        number = self._clients_made
+        client = Client(number, client_prefix(self.rank, self.nonce, number), is_driver=is_driver)
+        self.clients[number] = client
+        return client
+
+    def welcome(self, client: Client, job: bytes) -> None:
+        """The first message to a client: who it is and what it may map; the arena's descriptor goes with it."""
+        me = self.nodes[self.rank]
+        client.mapped.add(self.rank)
+        self._out.to_client(
+            client,
+            m.Registered(
+                self.rank,
+                client.prefix,
+                job,
+                client.job,
+                client.namespace,
+                self._inline_limit,
+                me.arena_size,
+                me.host,
+            ),
+        )
+
+    def spawn_worker(self) -> Worker:
+        client = self.add_client(is_driver=False)
+        worker = client.worker = Worker(client)
+        self._out.start_worker(client)
+        self.welcome(client, b"")
+        return worker
+
+    def retire_worker(self, worker: Worker) -> None:
+        self._out.to_client(worker.client, m.Exit())
+
+    exit_worker = retire_worker
+
+    def kill_worker(self, worker: Worker) -> None:
+        self._out.kill_client(worker.client)
+
+    def on_client_message(self, client: Client, message: m.ClientMessage) -> None:
+        """A message from a driver or worker.
+
+        Raises:
+            InternalError: A message that this kind of client may not send now.
+        """
+        try:
+            handler = self._from_client[type(message)]
+        except KeyError:
+            raise InternalError(f"a client sent {type(message).__name__} out of place") from None
+        handler(client, message)
+
+    def on_client_gone(self, client: Client, why: str) -> None:
+        """The client's process ended: fail or retry what it ran, forget what it held."""
+        if self.clients.pop(client.number, None) is None:
+            return
+        if (worker := client.worker) is not None:
+            actor = worker.actor
+            lost = self.pool.on_gone(worker)
+            if actor is not None:
+                self.hosted.on_worker_gone(actor, lost, why)
+            else:
+                for work in lost:
+                    name = self.templates[work.template].name
+                    self._report_crash(work, payload.system_error("WorkerCrashedError", _crash_text(name, why)))
+        for blocks in client.pins.values():
+            for block in blocks:
+                self.table.unpin(block)
+        for block in client.reserved.values():
+            self.table.abandon(block)
+        for identifier in client.held:
+            self.table.drop(identifier)
+        client.held.clear()
+
+    # ---------------------------------------------------------------------------------------- references and objects
+    def _on_release(self, client: Client, message: m.Release) -> None:
+        held = client.held
+        for identifier in message.ids:
+            if identifier in held:
+                held.discard(identifier)
+                self.table.drop(identifier)
+
+    def _on_add_references(self, client: Client, message: m.AddReferences) -> None:
+        for identifier in message.ids:
+            if identifier not in client.held:
+                client.held.add(identifier)
+                self.table.hold(identifier)
+
+    def _on_keep_forever(self, client: Client, message: m.KeepForever) -> None:
+        for identifier in message.ids:
+            self.table.hold(identifier)
+
+    def _on_put_inline(self, client: Client, message: m.PutInline) -> None:
+        self._hold_nested(message.nested)
+        self.table.create(message.id)
+        client.held.add(message.id)
+        self.table.set_inline(message.id, message.data, message.nested)
+
+    def _hold_nested(self, nested: list[bytes]) -> None:
+        for inner in nested:
+            self.table.hold(inner)
+
+    def _on_reserve(self, client: Client, message: m.Reserve) -> None:
+        def then(block: Block | None) -> None:
+            if block is None:
+                error = payload.system_error("ObjectStoreFullError", self.table.why_full(message.size))
+                self._out.to_client(client, m.ReserveFailed(message.id, error))
+            elif client.number not in self.clients:
+                self.table.abandon(block)
+            else:
+                client.reserved[message.id] = block
+                self._out.to_client(client, m.Reserved(message.id, block.offset))
+
+        self.table.reserve(message.id, message.size, self.now + self._store_timeout, then)
+
+    def _on_seal(self, client: Client, message: m.Seal) -> None:
+        block = client.reserved.pop(message.id)
+        self._hold_nested(message.nested)
+        self.table.create(message.id)
+        client.held.add(message.id)
+        self.table.set_here(message.id, block, message.nested)
+
+    def _on_unpin(self, client: Client, message: m.Unpin) -> None:
+        for identifier in message.ids:
+            blocks = client.pins.get(identifier)
+            if blocks:
+                self.table.unpin(blocks.pop())
+                if not blocks:
+                    del client.pins[identifier]
+
+    # ------------------------------------------------------------------------------------------------- get and wait
+    def _on_get(self, client: Client, message: m.Get) -> None:
+        table = self.table
+        for identifier in message.ids:
+            if identifier in client.wanted:
+                continue
+            if identifier not in client.held:
+                self._on_add_references(client, m.AddReferences([identifier]))
+            if table.when_local(identifier, lambda i=identifier: self._deliver_wanted(client, i)):  # type: ignore[misc]
+                self._send_object(client, table.entries[identifier])
+            else:
+                client.wanted.add(identifier)
+        if message.blocks:
+            self._block_if_waiting(client)
+
+    def _block_if_waiting(self, client: Client) -> None:
+        if client.worker is not None and (client.wanted or client.watched):
+            self.pool.on_blocked(client.worker)
+
+    def _deliver_wanted(self, client: Client, identifier: bytes) -> None:
+        if identifier in client.wanted:
+            client.wanted.discard(identifier)
+            self._send_object(client, self.table.entries[identifier])
+
+    def _send_object(self, client: Client, entry: Entry) -> None:
+        if entry.state == INLINE:
+            self._out.to_client(client, m.InlineObject(entry.id, entry.data))
+        else:
+            value = self.pin_for(client, entry)
+            self._out.to_client(client, m.StoredObject(entry.id, value.rank, value.offset, value.size))
+
+    def pin_for(self, client: Client, entry: Entry) -> m.StoredValue:
+        """Keep an object's memory for a client, which gets the arena's descriptor first if it does not map it yet."""
+        block = entry.block
+        if block is None or entry.state not in (HERE, MAPPED):
+            raise InternalError(f"object {entry.id.hex()} is not in an arena of this host")
+        if block.rank not in client.mapped:
+            client.mapped.add(block.rank)
+            self._out.send_arena(client, block.rank)
+        self.table.pin(block)
+        client.pins.setdefault(entry.id, []).append(block)
+        return m.StoredValue(block.rank, block.offset, block.size)
+
+    def _on_stop_getting(self, client: Client, message: m.StopGetting) -> None:
+        client.wanted.clear()
+        self._on_unblocked(client, m.Unblocked())
+
+    def _on_watch(self, client: Client, message: m.Watch) -> None:
+        ready: list[bytes] = []
+        when = self.table.when_local if message.fetch else self.table.when_exists
+        for identifier in message.ids:
+            if identifier not in client.held:
+                self._on_add_references(client, m.AddReferences([identifier]))
+            if when(identifier, lambda i=identifier: self._tell_ready(client, i)):  # type: ignore[misc]
+                ready.append(identifier)
+            else:
+                client.watched.add(identifier)
+        if ready:
+            self._out.to_client(client, m.Ready(ready))
+        self._block_if_waiting(client)
+
+    def _tell_ready(self, client: Client, identifier: bytes) -> None:
+        if identifier in client.watched:
+            client.watched.discard(identifier)
+            self._out.to_client(client, m.Ready([identifier]))
+
+    def _on_unblocked(self, client: Client, message: m.Unblocked) -> None:
+        if client.worker is not None:
+            self.pool.on_unblocked(client.worker)
+
+    # -------------------------------------------------------------------------------------------------- tasks, calls
+    def _on_submit(self, client: Client, message: m.Submit) -> None:
+        self.tasks.on_submit(message)
+        template = self.templates[message.template]
+        for index in range(1, template.num_returns + 1):
+            client.held.add(object_id(message.task, index))
+
+    def _on_create_actor(self, client: Client, message: m.CreateActor) -> None:
+        client.held.add(object_id(message.actor, 0))
+        self.calls.on_create(message)
+
+    def _on_call(self, client: Client, message: m.Call) -> None:
+        for index in range(1, message.num_returns + 1):
+            client.held.add(object_id(message.task, index))
+        self.calls.on_call(message)
+
+    def _on_kill(self, client: Client, message: m.Kill) -> None:
+        self.to_gcs(m.KillActor(message.actor, message.no_restart))
+
+    def _on_hand_back(self, client: Client, message: m.HandBack) -> None:
+        if client.worker is not None:
+            self.pool.on_handed_back(client.worker, message.tasks)
+
+    # ------------------------------------------------------------------------------------------------------ executing
+    def _on_execute(self, home: int, message: m.Execute) -> None:
+        self._granted_classes[message.template] = self._granted_classes.get(message.template, 0) + 1
+        self.pool.accept(
+            Work(message.task, home, message.attempt, message.template, message.arguments, message.dependencies)
+        )
+
+    def _on_execute_call(self, home: int, message: m.ExecuteCall) -> None:
+        self.hosted.on_call(message, home)
+
+    def run(self, worker: Worker, work: Work, values: list[m.Value]) -> None:
+        """Send work to a worker, with the definitions that it lacks."""
+        client = worker.client
+        template = work.template
+        if template and template not in client.known:
+            for message in self._definitions(template, client.known):
+                self._out.to_client(client, message)
+            client.job = worker.job
+        self._out.to_client(
+            client, m.Run(work.task, template, work.actor, work.method, work.arguments, values, work.num_returns)
+        )
+
+    def stored_value(self, worker: Worker, entry: Entry) -> m.StoredValue:
+        return self.pin_for(worker.client, entry)
+
+    def could_not_run(self, work: Work, error: bytes) -> None:
+        """An argument could not be had, or the actor is gone."""
+        if work.actor and not work.method:
+            self.hosted.could_not_start(work, error)
+        else:
+            self._report_crash(work, error)
+
+    def _report_crash(self, work: Work, error: bytes) -> None:
+        if work.home != self.rank:
+            self.table.after_borrows(lambda: self.send(work.home, m.Crashed(work.task, work.attempt, error)))
+        elif not self.calls.on_crashed(work.task, error):
+            self.tasks.on_crashed(work.task, work.attempt, error)
+
+    def _on_task_done(self, client: Client, message: m.TaskDone) -> None:
+        worker = client.worker
+        if worker is None:
+            raise InternalError("a driver reported a task")
+        if worker.actor is not None:
+            work = self.hosted.on_done(worker, message.task)
+        else:
+            work = self.pool.on_done(worker, message.task, message.seconds)
+        if work is None:
+            return
+        if work.home == self.rank:
+            self._finish_here(client, work, message)
+        else:
+            self._finish_away(client, work, message)
+
+    def _finish_here(self, client: Client, work: Work, message: m.TaskDone) -> None:
+        is_call = bool(work.actor)
+        if not is_call:
+            if message.failed and message.retry and self.tasks.wants_retry(work.task, work.attempt):
+                self._abandon_results(client, work, message)
+                return
+            if not self.tasks.is_current(work.task, work.attempt):
+                self._abandon_results(client, work, message)
+                return
+        table = self.table
+        for index, result in enumerate(message.results, 1):
+            identifier = object_id(work.task, index)
+            for inner in result.nested:
+                table.hold(inner)
+            if isinstance(result, m.InlineResult):
+                table.set_inline(identifier, result.data, result.nested)
+            else:
+                table.set_here(identifier, client.reserved.pop(identifier), result.nested)
+        if is_call:
+            self.calls.on_finished_here(work.task)
+        else:
+            self.tasks.on_finished_here(work.task)
+
+    def _abandon_results(self, client: Client, work: Work, message: m.TaskDone) -> None:
+        for index, result in enumerate(message.results, 1):
+            if isinstance(result, m.StoredResult):
+                self.table.abandon(client.reserved.pop(object_id(work.task, index)))
+
+    def _finish_away(self, client: Client, work: Work, message: m.TaskDone) -> None:
+        table = self.table
+        for index, result in enumerate(message.results, 1):
+            for inner in result.nested:
+                table.count_for(inner, work.home)
+            if isinstance(result, m.StoredResult):
+                identifier = object_id(work.task, index)
+                table.keep_primary(identifier, client.reserved.pop(identifier))
+        reply = m.Finished(work.task, work.attempt, message.results, message.failed, message.retry)
+        table.after_borrows(lambda: self._out.send(work.home, reply))
+
+    def _on_finished(self, executor: int, message: m.Finished) -> None:
+        if not self.calls.on_finished(message, executor):
+            self.tasks.on_finished(message, executor)
+
+    def _on_crashed(self, executor: int, message: m.Crashed) -> None:
+        if not self.calls.on_crashed(message.task, message.error):
+            self.tasks.on_crashed(message.task, message.attempt, message.error)
+
+    def _on_actor_ready(self, client: Client, message: m.ActorReady) -> None:
+        if client.worker is None:
+            raise InternalError("a driver reported an actor")
+        self.hosted.on_started(client.worker, message)
+
+    # ------------------------------------------------------------------------------------------------ other peers' news
+    def _on_borrow(self, rank: int, message: m.Borrow) -> None:
+        self.table.on_borrow(message.id, message.borrower)
+        self.send(rank, m.Borrowed())
+
+    def _on_free(self, rank: int, message: m.Free) -> None:
+        for identifier in message.ids:
+            self.table.on_free(identifier)
+
+    def _on_pull_failed(self, rank: int, message: m.PullFailed) -> None:
+        if message.tag == 0:
+            self.table.on_map_failed(message.id, rank)
+        else:
+            self._out.pull_failed(rank, message.tag)
+
+    def _on_job_ended(self, rank: int, message: m.JobEnded) -> None:
+        self.ended_jobs.add(message.job)
+        self.pool.drop_job(lambda template: self.templates[template].job == message.job)
+        for client in list(self.clients.values()):
+            if client.worker is not None and client.worker.job == message.job:
+                self._out.kill_client(client)
+
+    def _on_query(self, client: Client, message: m.Query) -> None:
+        if message.topic == "ping":
+            self._out.to_client(client, m.Answer(message.number, ok=True, payload=b""))
+            return
+        self.to_gcs(m.Ask(client.number, message.number, message.topic, message.arguments))
+
+    def _on_told(self, rank: int, message: m.Told) -> None:
+        if (client := self.clients.get(message.client)) is not None:
+            self._out.to_client(client, m.Answer(message.number, message.ok, message.payload))
+
+    # --------------------------------------------------------------------------------------------------------- turns
+    def on_peer_message(self, rank: int, message: m.PeerMessage) -> bool:
+        """A message of another rank's raylet or of the GCS. False: it is not for a raylet."""
+        handler = self._from_peer.get(type(message))
+        if handler is None:
+            return False
+        handler(rank, message)
+        return True
+
+    def end_turn(self, now: float) -> None:
+        """Place, dispatch and report what this turn changed, until nothing is left to do inside this rank."""
+        self.now = now
+        self.table.expire(now)
+        while True:
+            self.tasks.place()
+            self.pool.dispatch(now)
+            self.pool.end_idle_leases()
+            self._report_load()
+            if self.gcs is not None:
+                self.gcs.end_turn(now)
+            if not self._loopback:
+                break
+            messages, self._loopback = self._loopback, []
+            for is_for_gcs, message in messages:
+                if is_for_gcs:
+                    assert self.gcs is not None
+                    self.gcs.on_message(self.rank, message)
+                else:
+                    self.on_peer_message(self.rank, message)
+
+    def deliver_here(self, message: m.PeerMessage) -> None:
+        """The GCS of the same process speaks to this raylet: handled in this turn."""
+        self._loopback.append((False, message))
+
+    def _report_load(self) -> None:
+        if self.is_alone:
+            return
+        room = {template: self.pool.room(template) for template in self._granted_classes}
+        load = (dict(self.ledger.free), room, dict(self._granted_classes))
+        if load != self._reported:
+            self._reported = load
+            self.to_gcs(m.Load(*load))
+
+    def check(self) -> None:
+        """Raise InternalError if any part disagrees with another. Slow: tests and HPCRAY_CHECK=1."""
+        self.table.check()
+        held: dict[bytes, int] = {}
+        for client in self.clients.values():
+            for identifier in client.held:
+                held[identifier] = held.get(identifier, 0) + 1
+        for identifier, count in held.items():
+            entry = self.table.entries.get(identifier)
+            if entry is None or entry.holds < count:
+                raise InternalError(f"rank {self.rank}: {count} clients hold {identifier.hex()}, which the table disputes")
+
+
+def _crash_text(name: str, why: str) -> str:
+    return f"The worker that ran {name} died: {why}."

@@ -1,0 +1,301 @@
+"""The executing side of a raylet: which worker runs what, and when.
+
+A *lease* ties a worker to one scheduling class (template) and holds that class's resources once, however many tasks flow
+through it. Short tasks are pipelined: how many a worker is given at a time follows from how long they take. A worker that
+blocks hands back what it has not started and gives its CPUs to others.
+
+Rules:
+  1. Every piece of work is in exactly one place: waiting for arguments, ready, or with one worker.
+  2. free + Σ resources of leases that are not blocked (CPUs) and of all leases (the rest) = total.
+  3. A lease is refilled before a new one is opened only when no resources are free.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from hpcray import payload
+from hpcray.exceptions import InternalError
+from hpcray.protocol import messages as m
+from hpcray.raylet.clients import Worker, Work
+from hpcray.raylet.ledger import Ledger
+from hpcray.resources import UNIT, Shape
+from hpcray.store.table import HERE, INLINE, MAPPED, Entry, ObjectTable
+
+QUEUED_SECONDS = 0.002
+"""How much work, by measured duration, may lie at a worker behind what it runs."""
+MAX_DEPTH = 64
+LEASE_SECONDS = 0.01
+"""After so long a lease is not refilled while another class waits for resources."""
+
+
+class PoolOut(Protocol):
+    """The only way out of the pool."""
+
+    def spawn_worker(self) -> Worker: ...
+    def retire_worker(self, worker: Worker) -> None: ...
+    def run(self, worker: Worker, work: Work, values: list[m.Value]) -> None: ...
+    def stored_value(self, worker: Worker, entry: Entry) -> m.StoredValue: ...
+    def template(self, identifier: bytes) -> m.Template: ...
+    def could_not_run(self, work: Work, error: bytes) -> None: ...
+
+
+class Pool:
+    """The workers of one raylet and the work that is to run on them: a pure core."""
+
+    def __init__(self, ledger: Ledger, table: ObjectTable, out: PoolOut) -> None:
+        self.ledger = ledger
+        self._table = table
+        self._out = out
+        self.ready: dict[bytes, deque[Work]] = {}
+        self.leases: dict[bytes, list[Worker]] = {}
+        self.idle: list[Worker] = []
+        self._drained: list[Worker] = []
+        self._seconds: dict[bytes, float] = {}
+        self.fetching = 0
+        self.keep_idle = max(1, ledger.total.get("CPU", 0) // UNIT)
+
+    # ------------------------------------------------------------------------------------------------------------ work
+    def accept(self, work: Work) -> None:
+        """Take over a piece of work: fetch its arguments, then queue it."""
+        if work.dependencies and not self.has_arguments(work, lambda: self._push(work)):
+            return
+        self._push(work)
+
+    def has_arguments(self, work: Work, then: Callable[[], None]) -> bool:
+        """True if all arguments are on this node; else they are fetched and `then()` is called."""
+        table = self._table
+
+        def arrived() -> None:
+            work.missing -= 1
+            if work.missing == 0:
+                self.fetching -= 1
+                then()
+
+        for dependency in work.dependencies:
+            if isinstance(dependency, m.RemoteDependency):
+                table.add_guest(dependency.id, dependency.size, dependency.ranks)
+                if not table.when_local(dependency.id, arrived):
+                    work.missing += 1
+        if work.missing:
+            self.fetching += 1
+        return work.missing == 0
+
+    def _push(self, work: Work) -> None:
+        queue = self.ready.get(work.template)
+        if queue is None:
+            queue = self.ready[work.template] = deque()
+        queue.append(work)
+
+    def depth(self, template: bytes) -> int:
+        """How many tasks of this class a worker may have: the one that runs and those behind it."""
+        seconds = self._seconds.get(template)
+        if seconds is None or seconds >= QUEUED_SECONDS:
+            return 1
+        return min(MAX_DEPTH, int(QUEUED_SECONDS / max(seconds, 1e-6)))
+
+    def room(self, template: bytes) -> int:
+        """How many more tasks of this class would find a place here now, pipelining included."""
+        depth = self.depth(template)
+        room = 0
+        for worker in self.leases.get(template, ()):
+            if not worker.is_blocked:
+                room += depth - len(worker.tasks)
+        room += self.ledger.slots(self._out.template(template).resources) * depth
+        queue = self.ready.get(template)
+        return max(0, room - (len(queue) if queue else 0))
+
+    def dispatch(self, now: float) -> None:
+        """Give ready work to workers, as far as resources and depth allow. Once per loop turn."""
+        starving: set[bytes] = set()
+        for template in list(self.ready):
+            if not self._dispatch_class(template, now, others_starve=bool(starving)):
+                starving.add(template)
+        if starving and len(self.ready) > 1:
+            # Rotate, so that the class that waits is looked at first next time.
+            first = next(iter(self.ready))
+            self.ready[first] = self.ready.pop(first)
+
+    def _dispatch_class(self, template: bytes, now: float, *, others_starve: bool) -> bool:
+        queue = self.ready[template]
+        spec = self._out.template(template)
+        depth = self.depth(template)
+        leases = self.leases.get(template, ())
+        others_wait = len(self.ready) > 1
+        while queue:
+            if self.ledger.fits(spec.resources):
+                worker = self._open_lease(template, spec, now)
+                self._give(worker, queue.popleft())
+                continue
+            worker_with_room = None
+            for worker in leases:
+                if worker.is_blocked or len(worker.tasks) >= depth or worker.actor is not None:
+                    continue
+                if (others_starve or others_wait) and now - worker.lease_since > LEASE_SECONDS:
+                    continue
+                worker_with_room = worker
+                break
+            if worker_with_room is None:
+                return False
+            for _ in range(min(len(queue), max(1, (depth - len(worker_with_room.tasks)) // 2))):
+                self._give(worker_with_room, queue.popleft())
+        del self.ready[template]
+        return True
+
+    def _open_lease(self, template: bytes, spec: m.Template, now: float) -> Worker:
+        worker = self._idle_worker(spec.job)
+        self.ledger.acquire(spec.resources)
+        worker.template = template
+        worker.lease_since = now
+        self.leases.setdefault(template, []).append(worker)
+        return worker
+
+    def _idle_worker(self, job: bytes) -> Worker:
+        for index in range(len(self.idle) - 1, -1, -1):
+            if self.idle[index].job in (b"", job):
+                worker = self.idle.pop(index)
+                break
+        else:
+            worker = self._out.spawn_worker()
+        worker.job = job
+        return worker
+
+    def _give(self, worker: Worker, work: Work) -> None:
+        values = self.values_for(worker, work)
+        if isinstance(values, bytes):
+            self.release_arguments(work)
+            self._out.could_not_run(work, values)
+            self._drained.append(worker)
+            return
+        worker.tasks[work.task] = work
+        if work.actor:
+            worker.actor = work.actor
+        self._out.run(worker, work, values)
+
+    def values_for(self, worker: Worker, work: Work) -> list[m.Value] | bytes:
+        """The arguments as the worker gets them, memory pinned for it; or the error of one that could not be had."""
+        values: list[m.Value] = []
+        for dependency in work.dependencies:
+            if isinstance(dependency, m.InlineDependency):
+                values.append(m.InlineValue(dependency.data))
+                continue
+            entry = self._table.entries[dependency.id]
+            if entry.state == INLINE:
+                if payload.is_error(entry.data):
+                    return entry.data
+                values.append(m.InlineValue(entry.data))
+            elif entry.state in (HERE, MAPPED):
+                values.append(self._out.stored_value(worker, entry))
+            else:
+                raise InternalError(f"argument {dependency.id.hex()} of {work.task.hex()} left before the task ran")
+        return values
+
+    # ---------------------------------------------------------------------------------------------------------- events
+    def on_done(self, worker: Worker, task: bytes, seconds: float) -> Work | None:
+        """The worker finished a task (None: one that it no longer has)."""
+        work = worker.tasks.pop(task, None)
+        if work is None:
+            return None
+        if work.dependencies:
+            self.release_arguments(work)
+        template = work.template
+        known = self._seconds.get(template)
+        # Rise at once, fall slowly: a class that was slow just now is not queued deeply.
+        self._seconds[template] = seconds if known is None or seconds > known else known + (seconds - known) * 0.2
+        if not worker.tasks:
+            self._drained.append(worker)
+        return work
+
+    def end_idle_leases(self) -> None:
+        """After `dispatch`: a lease without work gives its resources back."""
+        for worker in self._drained:
+            self._end_lease_if_done(worker)
+        self._drained.clear()
+
+    def _end_lease_if_done(self, worker: Worker) -> None:
+        if worker.tasks or worker.template is None or worker.actor is not None:
+            return
+        self._close_lease(worker)
+        if len(self.idle) < self.keep_idle:
+            self.idle.append(worker)
+        else:
+            self._out.retire_worker(worker)
+
+    def _close_lease(self, worker: Worker) -> None:
+        assert worker.template is not None
+        spec = self._out.template(worker.template)
+        self.ledger.release(_held(spec.resources, blocked=worker.is_blocked))
+        leases = self.leases[worker.template]
+        leases.remove(worker)
+        if not leases:
+            del self.leases[worker.template]
+        worker.template = None
+        worker.is_blocked = False
+
+    def release_arguments(self, work: Work) -> None:
+        """The work will not run here, or has run: its arguments may go."""
+        for dependency in work.dependencies:
+            if isinstance(dependency, m.RemoteDependency):
+                self._table.drop_guest(dependency.id)
+
+    def on_handed_back(self, worker: Worker, tasks: Iterable[bytes]) -> None:
+        """A worker that blocks returned tasks which it had not started: they go first."""
+        for task in reversed(list(tasks)):
+            if (work := worker.tasks.pop(task, None)) is not None:
+                self.ready.setdefault(work.template, deque()).appendleft(work)
+
+    def on_blocked(self, worker: Worker) -> None:
+        """The worker waits for objects: its CPUs are free meanwhile."""
+        if worker.template is None or worker.is_blocked:
+            return
+        worker.is_blocked = True
+        self.ledger.release(_cpus(self._out.template(worker.template).resources))
+
+    def on_unblocked(self, worker: Worker) -> None:
+        """The worker goes on, whether or not its CPUs are free."""
+        if worker.template is None or not worker.is_blocked:
+            return
+        worker.is_blocked = False
+        self.ledger.acquire(_cpus(self._out.template(worker.template).resources))
+
+    def on_gone(self, worker: Worker) -> list[Work]:
+        """The worker's process ended: what was running there (to be failed or retried by its home)."""
+        if worker in self.idle:
+            self.idle.remove(worker)
+        lost: list[Work] = []
+        works = list(worker.tasks.values())
+        worker.tasks.clear()
+        is_actor = worker.actor is not None
+        if worker.template is not None:
+            worker.actor = None
+            self._close_lease(worker)
+        for index, work in enumerate(works):
+            if index == 0 or is_actor:
+                self.release_arguments(work)
+                lost.append(work)
+            else:
+                # Never started: it costs no attempt.
+                self.ready.setdefault(work.template, deque()).appendleft(work)
+        return lost
+
+    def prestart(self, count: int) -> None:
+        """Start workers ahead of demand."""
+        for _ in range(count):
+            self.idle.append(self._out.spawn_worker())
+
+    def drop_job(self, is_of_job: Callable[[bytes], bool]) -> None:
+        """Forget what waits for workers and belongs to an ended job."""
+        for template in list(self.ready):
+            if is_of_job(template):
+                for work in self.ready.pop(template):
+                    self.release_arguments(work)
+
+
+def _cpus(shape: Shape) -> Shape:
+    return {"CPU": shape["CPU"]} if "CPU" in shape else {}
+
+
+def _held(shape: Shape, *, blocked: bool) -> Shape:
+    return {name: amount for name, amount in shape.items() if not (blocked and name == "CPU")}

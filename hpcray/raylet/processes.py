@@ -1,0 +1,156 @@
+"""The rank's side of its fork server (`hpcray.raylet.forkserver`)."""
+
+from __future__ import annotations
+
+import array
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from hpcray.launcher.environment import scrub
+from hpcray.raylet.forkserver import (
+    MAX_MESSAGE,
+    Exited,
+    Reply,
+    Request,
+    Signal,
+    SpawnDriver,
+    Spawned,
+    SpawnFailed,
+    SpawnWorker,
+    Watch,
+)
+from hpcray.raylet.leftovers import JobTraces
+
+
+class ServerEnded(msgspec.Struct):
+    """The fork server is gone, and all workers and the driver with it; nothing follows this event."""
+
+
+Event = Spawned | SpawnFailed | Exited | ServerEnded
+
+
+class ForkServer:
+    """One fork server process and the socket to it. Not thread-safe."""
+
+    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
+        self._process = process
+        self._sock = sock
+        self._decoder = msgspec.msgpack.Decoder(Reply)
+        self._ended = False
+
+    @classmethod
+    def start(cls, env: Mapping[str, str], *, worker: str | None = None) -> ForkServer:
+        """Start a fork server by exec, best before `MPI_Init`. Returns before it has imported its modules.
+
+        Args:
+            env: The rank's environment; the fork server gets it scrubbed.
+            worker: ``module:function`` to run in workers instead of hpcray's own, for tests.
+
+        Raises:
+            OSError: No process could be started.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-m", "hpcray.raylet.forkserver", str(theirs.fileno())]
+        if worker is not None:
+            command += ["--worker", worker]
+        try:
+            process = subprocess.Popen(command, env=scrub(env), pass_fds=(theirs.fileno(),))
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return cls(process, ours)
+
+    @property
+    def pid(self) -> int:
+        """The fork server's process id, the parent of all workers."""
+        return self._process.pid
+
+    @property
+    def fd(self) -> int:
+        """Readable when `read` has something to return."""
+        return self._sock.fileno()
+
+    def spawn_worker(self, token: int, sock_fd: int, out_fd: int, err_fd: int) -> None:
+        """Ask for a worker; `Spawned` or `SpawnFailed` with this token follows.
+
+        The descriptors are copied, the caller closes its own. Blocks only if hundreds of requests are under way.
+        """
+        self._send(SpawnWorker(token), (sock_fd, out_fd, err_fd))
+
+    def spawn_driver(
+        self, token: int, argv: Sequence[str], env: Mapping[str, str] | None, cwd: str, sock_fd: int
+    ) -> None:
+        """Ask for the driver process; `Spawned` or `SpawnFailed` with this token follows.
+
+        Args:
+            token: Comes back in the answer.
+            argv: Program and arguments. It runs with the rank's stdin, stdout, stderr and in its process group.
+            env: Laid over the scrubbed environment given to `start`.
+            cwd: Its working directory.
+            sock_fd: The driver's socket, found by it through `HPCRAY_DRIVER`; copied, the caller closes its own.
+
+        Raises:
+            OSError: The request is too large for a socket message (about 200 KB).
+        """
+        self._send(SpawnDriver(token, list(argv), None if env is None else dict(env), cwd), (sock_fd,))
+
+    def signal(self, pid: int, signum: int) -> None:
+        """Send a signal to a worker or the driver; does nothing if it has ended."""
+        self._send(Signal(pid, int(signum)))
+
+    def watch(self, traces: JobTraces) -> None:
+        """Tell what to remove from this host after this rank's end, however it ends."""
+        self._send(Watch(traces))
+
+    def read(self) -> list[Event]:
+        """What happened since the last call, in order; never blocks."""
+        events: list[Event] = []
+        while not self._ended:
+            try:
+                message = self._sock.recv(MAX_MESSAGE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                message = b""
+            if message:
+                events.append(self._decoder.decode(message))
+            else:
+                self._ended = True
+                events.append(ServerEnded())
+        return events
+
+    def disown(self) -> None:
+        """In a forked child of the rank: leave the fork server to the parent."""
+        self._ended = True
+        self._sock.close()
+        self._process.returncode = 0  # or its finalizer would look for a child that is none of ours
+
+    def close(self, timeout: float = 15.0) -> None:
+        """Kill all workers, the driver and what they started; block until they are gone. Repeating is harmless.
+
+        The driver gets SIGTERM and 2 seconds first. Call it after `MPI_Finalize`, or when MPI will not be finalised
+        any more: it removes what `watch` named.
+
+        Args:
+            timeout: Seconds; after them the fork server itself is killed, and its workers with it.
+        """
+        self._ended = True
+        self._sock.close()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _send(self, request: Request, fds: Sequence[int] = ()) -> None:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._sock.sendmsg([msgspec.msgpack.encode(request)], ancillary)
+        except ConnectionError:
+            pass  # `read` reports the end

@@ -1,0 +1,272 @@
+"""The home side of tasks: from `Submit` to the moment its returns exist.
+
+A task waits for its arguments, then in the queue of its scheduling class, then runs somewhere: on this raylet while its
+pool has room, else on the rank that the GCS grants. Its home keeps the spec until the reply, so that a crash costs an
+attempt and not the task.
+
+Rules:
+  1. A task is in exactly one place: waiting for arguments, in a queue, or running with an attempt number.
+  2. A reply with another attempt number than the task's present one is ignored, and what it brought is let go.
+  3. References in arguments are held from `Submit` until the returns exist.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol
+
+from hpcray import payload
+from hpcray.ids import object_id
+from hpcray.protocol import messages as m
+from hpcray.raylet.clients import Work
+from hpcray.raylet.pool import Pool
+from hpcray.store.table import HERE, INLINE, ObjectTable
+
+NOWHERE = -1
+
+
+class TasksOut(Protocol):
+    """The only way out of the home side."""
+
+    rank: int
+    is_alone: bool
+
+    def send(self, rank: int, message: m.PeerMessage) -> None: ...
+    def to_gcs(self, message: m.PeerMessage) -> None: ...
+    def push_definitions(self, rank: int, template: bytes) -> None: ...
+    def template(self, identifier: bytes) -> m.Template: ...
+    def warn_if_infeasible(self, template: m.Template) -> None: ...
+
+
+class Task:
+    """A task whose home this raylet is."""
+
+    __slots__ = ("arguments", "attempt", "dependencies", "id", "missing", "nested", "num_returns", "retries", "runs_on", "template")
+
+    def __init__(self, message: m.Submit, template: m.Template) -> None:
+        self.id = message.task
+        self.template = message.template
+        self.arguments = message.arguments
+        self.dependencies = message.dependencies
+        self.nested = message.nested
+        self.num_returns = template.num_returns
+        self.retries = template.max_retries
+        self.attempt = 0
+        self.missing = 0
+        self.runs_on = NOWHERE
+
+
+class Tasks:
+    """All tasks homed at one raylet: a pure core."""
+
+    def __init__(self, table: ObjectTable, pool: Pool, out: TasksOut) -> None:
+        self._table = table
+        self._pool = pool
+        self._out = out
+        self.tasks: dict[bytes, Task] = {}
+        self.queues: dict[bytes, deque[Task]] = {}
+        self._asked: dict[bytes, int] = {}
+        """Per class, how many tasks the GCS believes to be waiting here."""
+
+    # ---------------------------------------------------------------------------------------------------------- submit
+    def on_submit(self, message: m.Submit) -> None:
+        template = self._out.template(message.template)
+        task = Task(message, template)
+        self.tasks[task.id] = task
+        for index in range(1, task.num_returns + 1):
+            self._table.create(object_id(task.id, index))
+        hold_all(self._table, task.nested)
+        if task.dependencies:
+            hold_all(self._table, task.dependencies)
+
+            def exists() -> None:
+                task.missing -= 1
+                if task.missing == 0:
+                    self._enqueue(task)
+
+            for dependency in task.dependencies:
+                if not self._table.when_exists(dependency, exists):
+                    task.missing += 1
+            if task.missing:
+                return
+        self._enqueue(task)
+
+    def _enqueue(self, task: Task) -> None:
+        if (error := dependency_error(self._table, task.dependencies)) is not None:
+            self._fail(task, error)
+            return
+        task.runs_on = NOWHERE
+        queue = self.queues.get(task.template)
+        if queue is None:
+            queue = self.queues[task.template] = deque()
+            self._out.warn_if_infeasible(self._out.template(task.template))
+        queue.append(task)
+
+    # --------------------------------------------------------------------------------------------------------- placing
+    def place(self) -> None:
+        """Hand queued tasks to the pool while it has room; tell the GCS of the rest. Once per loop turn."""
+        here = self._out.rank
+        for identifier in list(self.queues):
+            queue = self.queues[identifier]
+            template = self._out.template(identifier)
+            if not template.spread and template.node in (None, here):
+                room = self._pool.room(identifier)
+                while queue and room > 0:
+                    self._start_here(queue.popleft())
+                    room -= 1
+            if not queue:
+                del self.queues[identifier]
+            waiting = len(queue)
+            if not self._out.is_alone and waiting != self._asked.get(identifier, 0):
+                self._out.push_definitions(0, identifier)
+                self._out.to_gcs(m.Demand(identifier, waiting))
+                if waiting:
+                    self._asked[identifier] = waiting
+                else:
+                    del self._asked[identifier]
+        for identifier in [known for known in self._asked if known not in self.queues]:
+            del self._asked[identifier]
+            self._out.to_gcs(m.Demand(identifier, 0))
+
+    def on_grant(self, grant: m.Grant) -> None:
+        queue = self.queues.get(grant.template)
+        count = min(grant.count, len(queue) if queue else 0)
+        if count < grant.count:
+            self._out.to_gcs(m.GrantReturned(grant.template, grant.rank, grant.count - count))
+        if queue is None or not count:
+            return
+        # The GCS has taken the granted tasks off its count already.
+        self._asked[grant.template] = self._asked.get(grant.template, 0) - count
+        for _ in range(count):
+            task = queue.popleft()
+            if grant.rank == self._out.rank:
+                self._start_here(task)
+            else:
+                task.runs_on = grant.rank
+                self._out.push_definitions(grant.rank, task.template)
+                dependencies = describe_dependencies(self._table, task.dependencies)
+                self._out.send(
+                    grant.rank, m.Execute(task.id, task.attempt, task.template, task.arguments, dependencies)
+                )
+        if not queue:
+            del self.queues[grant.template]
+            if self._asked.get(grant.template) == 0:
+                del self._asked[grant.template]
+
+    def _start_here(self, task: Task) -> None:
+        here = self._out.rank
+        task.runs_on = here
+        dependencies = describe_dependencies(self._table, task.dependencies) if task.dependencies else []
+        self._pool.accept(Work(task.id, here, task.attempt, task.template, task.arguments, dependencies))
+
+    # --------------------------------------------------------------------------------------------------------- results
+    def on_finished(self, message: m.Finished, executor: int) -> None:
+        """The reply of another rank."""
+        for result in message.results:
+            for inner in result.nested:
+                self._table.hold_counted(inner)
+        task = self.tasks.get(message.task)
+        if task is None or task.attempt != message.attempt:
+            discard_results(self._table, message, executor, self._out)
+        elif message.failed and message.retry and self._retry(task):
+            discard_results(self._table, message, executor, self._out)
+        else:
+            del self.tasks[task.id]
+            record_results(self._table, message, executor)
+            self._release(task)
+
+    def wants_retry(self, task_id: bytes, attempt: int) -> bool:
+        """A local worker's task raised an exception that its options say to retry: True if it is queued again."""
+        task = self.tasks.get(task_id)
+        return task is not None and task.attempt == attempt and self._retry(task)
+
+    def is_current(self, task_id: bytes, attempt: int) -> bool:
+        """Whether a local result is still waited for."""
+        task = self.tasks.get(task_id)
+        return task is not None and task.attempt == attempt
+
+    def on_finished_here(self, task_id: bytes) -> None:
+        """The results of a task that ran on this raylet are in the table."""
+        self._release(self.tasks.pop(task_id))
+
+    def on_crashed(self, task_id: bytes, attempt: int, error: bytes) -> None:
+        """The worker died, or an argument could not be had there."""
+        task = self.tasks.get(task_id)
+        if task is None or task.attempt != attempt:
+            return
+        if not self._retry(task):
+            self._fail(task, error)
+
+    def _retry(self, task: Task) -> bool:
+        if task.retries == 0:
+            return False
+        if task.retries > 0:
+            task.retries -= 1
+        task.attempt += 1
+        self._enqueue(task)
+        return True
+
+    def _fail(self, task: Task, error: bytes) -> None:
+        self.tasks.pop(task.id, None)
+        for index in range(1, task.num_returns + 1):
+            self._table.set_inline(object_id(task.id, index), error, [])
+        self._release(task)
+
+    def _release(self, task: Task) -> None:
+        for identifier in task.dependencies:
+            self._table.drop(identifier)
+        for identifier in task.nested:
+            self._table.drop(identifier)
+
+
+# ------------------------------------------------------------------------------------------------- shared with actor calls
+def hold_all(table: ObjectTable, identifiers: Iterable[bytes]) -> None:
+    """Hold references for as long as a task or call is under way."""
+    for identifier in identifiers:
+        table.hold(identifier)
+
+
+def dependency_error(table: ObjectTable, dependencies: Iterable[bytes]) -> bytes | None:
+    """The payload of the first argument that is an error, all of them existing."""
+    for identifier in dependencies:
+        entry = table.entries[identifier]
+        if entry.state == INLINE and payload.is_error(entry.data):
+            return entry.data
+    return None
+
+
+def describe_dependencies(table: ObjectTable, dependencies: Iterable[bytes]) -> list[m.Dependency]:
+    """Existing arguments as they travel with a task: the small ones themselves, of the others where they are."""
+    described: list[m.Dependency] = []
+    for identifier in dependencies:
+        entry = table.entries[identifier]
+        if entry.state == INLINE:
+            described.append(m.InlineDependency(entry.data))
+        else:
+            ranks = set(entry.copies or ())
+            if entry.state == HERE:
+                ranks.add(table.rank)
+            elif entry.block is not None:
+                ranks.add(entry.block.rank)
+            described.append(m.RemoteDependency(identifier, entry.size, sorted(ranks)))
+    return described
+
+
+def record_results(table: ObjectTable, message: m.Finished, executor: int) -> None:
+    """Returns of a task that ran on another rank come to exist; references in them are held already."""
+    for index, result in enumerate(message.results, 1):
+        identifier = object_id(message.task, index)
+        if isinstance(result, m.InlineResult):
+            table.set_inline(identifier, result.data, result.nested)
+        else:
+            table.set_away(identifier, executor, result.size, result.nested)
+
+
+def discard_results(table: ObjectTable, message: m.Finished, executor: int, out: TasksOut) -> None:
+    """Returns that nobody waits for: give up what came with them."""
+    for index, result in enumerate(message.results, 1):
+        for inner in result.nested:
+            table.drop(inner)
+        if isinstance(result, m.StoredResult):
+            out.send(executor, m.Free([object_id(message.task, index)]))

@@ -1,0 +1,158 @@
+"""Where the calling code runs: job, node, task, actor."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from hpcray import ids
+from hpcray.client import require_client
+from hpcray.protocol import messages as m
+from hpcray.resources import as_floats
+
+
+@dataclass(frozen=True)
+class _Running:
+    work: m.Run
+    template: m.Template
+    name: str
+    actor: Any
+
+
+class _State(threading.local):
+    running: _Running | None = None
+
+
+_state = _State()
+_actor: tuple[bytes, m.Template] | None = None
+
+
+def enter(work: m.Run, template: m.Template, name: str, actor: Any) -> None:
+    """The worker begins a task or call."""
+    global _actor
+    _state.running = _Running(work, template, name, actor)
+    if work.actor:
+        _actor = (work.actor, template)
+
+
+def leave() -> None:
+    """The worker's task or call is over."""
+    _state.running = None
+
+
+class RuntimeContext:
+    """What `get_runtime_context()` returns. Ids are hexadecimal strings, None where there is none."""
+
+    def get_job_id(self) -> str:
+        """The id of the driver's job."""
+        return require_client().job.hex()
+
+    def get_node_id(self) -> str:
+        """The id of the node (rank) that this code runs on."""
+        client = require_client()
+        return ids.node_id(ids.nonce_of(client.prefix), client.rank)
+
+    def get_worker_id(self) -> str:
+        """The id of this process in the job."""
+        return require_client().prefix.hex().ljust(2 * ids.OBJECT_ID_SIZE, "0")
+
+    def get_task_id(self) -> str | None:
+        """The running task's id; None in a driver."""
+        running = _state.running
+        return running.work.task.hex() if running else None
+
+    def get_task_name(self) -> str | None:
+        """The running task's name; None in a driver."""
+        running = _state.running
+        return running.name if running else None
+
+    def get_task_function_name(self) -> str | None:
+        """The name of the running function or method; None in a driver."""
+        return self.get_task_name()
+
+    def get_actor_id(self) -> str | None:
+        """The id of the actor that this process is; None elsewhere."""
+        return _actor[0].hex() if _actor else None
+
+    def get_actor_name(self) -> str | None:
+        """The name that the actor was created under; empty without one, None outside actors."""
+        return _actor_name if _actor else None
+
+    def get_assigned_resources(self) -> dict[str, float]:
+        """What the running task or actor holds.
+
+        Raises:
+            RuntimeError: In a driver, which holds nothing.
+        """
+        running = _state.running
+        if running is None:
+            raise RuntimeError("a driver holds no resources: call get_assigned_resources() in a task or actor")
+        return as_floats(running.template.resources)
+
+    def get_accelerator_ids(self) -> dict[str, list[str]]:
+        """Ids of the accelerators that this worker may use, by kind."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return {"GPU": [part for part in visible.split(",") if part]}
+
+    def get_placement_group_id(self) -> str | None:
+        """The placement group of the running task; None without one."""
+        return None
+
+    def get_runtime_env_string(self) -> str:
+        """The runtime environment as JSON."""
+        return "{}"
+
+    @property
+    def namespace(self) -> str:
+        """The namespace in which this job's named actors are found."""
+        return require_client().namespace
+
+    @property
+    def was_current_actor_reconstructed(self) -> bool:
+        """Whether this actor has been restarted."""
+        if _actor is None:
+            raise RuntimeError("was_current_actor_reconstructed is known in actors only")
+        return False
+
+    @property
+    def current_actor(self) -> Any:
+        """A handle of the actor that this process is.
+
+        Raises:
+            RuntimeError: Not in an actor.
+        """
+        if _actor is None or _class is None:
+            raise RuntimeError("current_actor is known in actors only")
+        from hpcray.actors.handle import ActorHandle
+
+        return ActorHandle.adopt(_actor[0], _class)
+
+    def get(self) -> dict[str, Any]:
+        """All ids at once."""
+        known: dict[str, Any] = {
+            "job_id": self.get_job_id(),
+            "node_id": self.get_node_id(),
+            "namespace": self.namespace,
+            "task_id": self.get_task_id(),
+            "actor_id": self.get_actor_id(),
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+
+_class: Any = None
+_actor_name = ""
+
+
+def set_actor(description: Any, name: str) -> None:
+    """The worker's actor class and name, for `current_actor` and `get_actor_name`."""
+    global _class, _actor_name
+    _class = description
+    _actor_name = name
+
+
+def get_runtime_context() -> RuntimeContext:
+    """The context of the calling code; a driver without a job is initialised."""
+    require_client()
+    return RuntimeContext()

@@ -1,0 +1,1 @@
+"""What runs in driver and worker processes: user code, and the pickling around it."""

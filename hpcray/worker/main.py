@@ -1,0 +1,46 @@
+"""A worker process: connects to its raylet and runs what it is sent, until it is told to exit or its raylet is gone."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+
+from hpcray.client import Client, set_client
+from hpcray.exceptions import RaySystemError
+from hpcray.protocol import messages as m
+from hpcray.worker import output
+from hpcray.worker.executor import Executor
+
+
+def main(sock: socket.socket) -> None:
+    """Serve on a connected socket. Blocks for the life of the worker."""
+    output.install()
+    client = Client(sock, is_driver=False)
+    set_client(client)
+    inbox = client.inbox
+
+    def hand_back() -> None:
+        # What was not started must not wait for what is about to block; it may be just what that waits for.
+        if inbox:
+            tasks = [work.task for work in inbox if not work.actor]
+            kept = [work for work in inbox if work.actor]
+            inbox.clear()
+            inbox.extend(kept)
+            if tasks:
+                client.send(m.HandBack(tasks))
+
+    executor = Executor(client)
+    client.before_blocking = hand_back
+    try:
+        while True:
+            if not inbox:
+                client.flush()
+                client.wait_until(lambda: bool(inbox) or client.exit_asked, None)
+            if not inbox:
+                break
+            executor.run(inbox.popleft())
+    except RaySystemError:
+        # The raylet is gone, and with it everybody who could be told.
+        os._exit(1)
+    gc.collect()

@@ -1,0 +1,152 @@
+"""Values to payloads and back.
+
+Plain values are pickled by C pickle, the rest (functions, lambdas, classes of `__main__`) by cloudpickle. Buffers of numpy,
+pandas and the like go out of band (pickle protocol 5), so that large arrays are copied once on the way in and not at all on
+the way out. References and actor handles inside a value are collected while it is pickled.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from hpcray import payload
+from hpcray.exceptions import RaySystemError, RayTaskError, UnserializableException, from_description
+
+OUT_OF_BAND_MINIMUM = 4096
+"""Bytes. Smaller buffers stay in the pickle: their own slot would cost more than the copy."""
+
+
+class _Context(threading.local):
+    """What the pickling or unpickling at work in this thread collects."""
+
+    pickled: list[bytes] | None = None
+
+
+context = _Context()
+
+
+class Serialized:
+    """A pickled value that still has to be copied into its payload."""
+
+    __slots__ = ("_data", "_layout", "nested", "size")
+
+    def __init__(self, data: bytes | None, layout: payload.Layout | None, nested: list[bytes]) -> None:
+        self._data = data
+        self._layout = layout
+        self.nested = nested
+        self.size = len(data) if data is not None else layout.size if layout is not None else 0
+
+    def to_bytes(self) -> bytes:
+        """The payload as bytes."""
+        if self._data is not None:
+            return self._data
+        assert self._layout is not None
+        return self._layout.to_bytes()
+
+    def write(self, target: memoryview) -> None:
+        """Copy the payload into writable memory of `size` bytes."""
+        if self._data is not None:
+            target[: self.size] = self._data
+        else:
+            assert self._layout is not None
+            self._layout.write(target)
+
+
+def serialize(value: Any) -> Serialized:
+    """Pickle a value for a task, an actor or the store.
+
+    Raises:
+        Exception: Whatever pickle and cloudpickle raise for it; `api` adds what the value was.
+    """
+    if value is None:
+        return Serialized(payload.NONE, None, [])
+    if type(value) is bytes:
+        return Serialized(bytes([payload.RAW]) + value, None, [])
+    buffers: list[pickle.PickleBuffer] = []
+    data, nested = pickle_value(value, buffers)
+    if not buffers:
+        return Serialized(bytes([payload.PICKLE]) + data, None, nested)
+    return Serialized(None, payload.Layout(data, [buffer.raw() for buffer in buffers]), nested)
+
+
+def pickle_value(value: Any, buffers: list[pickle.PickleBuffer] | None = None) -> tuple[bytes, list[bytes]]:
+    """The pickle of a value and the references inside it; large buffers are appended to `buffers`, if given."""
+    outer, context.pickled = context.pickled, []
+    keep: Callable[[pickle.PickleBuffer], bool] | None = None
+    if buffers is not None:
+
+        def keep(buffer: pickle.PickleBuffer) -> bool:
+            try:
+                if buffer.raw().nbytes < OUT_OF_BAND_MINIMUM:
+                    return True
+            except BufferError:  # not contiguous: only in-band pickling can copy it
+                return True
+            buffers.append(buffer)
+            return False
+
+    try:
+        try:
+            data = pickle.dumps(value, 5, buffer_callback=keep)
+            if b"__main__" not in data:
+                return data, context.pickled
+        except Exception:
+            pass  # cloudpickle may know better, and raises what the user should see if not
+        import cloudpickle
+
+        context.pickled = []
+        if buffers:
+            buffers.clear()
+        data = cloudpickle.dumps(value, 5, buffer_callback=keep)
+        return data, context.pickled
+    finally:
+        context.pickled = outer
+
+
+def deserialize(data: memoryview | bytes) -> Any:
+    """The value of a payload; arrays in it are read-only views of `data`.
+
+    Raises:
+        Exception: The payload is that of an error: it is raised, `RayTaskError` as an instance of its cause's class too.
+    """
+    kind = data[0]
+    if kind == payload.PICKLE:
+        return pickle.loads(memoryview(data)[1:])
+    if kind == payload.RAW:
+        return bytes(data[1:])
+    if kind == payload.BUFFERS:
+        view = memoryview(data)
+        body, buffers = payload.split_buffers(view if view.readonly else view.toreadonly())
+        return pickle.loads(body, buffers=buffers)
+    raise load_error(bytes(data))
+
+
+def load_error(data: bytes) -> Exception:
+    """The exception of an error's payload."""
+    if data[0] == payload.SYSTEM_ERROR:
+        return from_description(*payload.describe_system_error(data))
+    if data[0] != payload.TASK_ERROR:
+        return RaySystemError(f"an object's payload is damaged: unknown kind {data[0]}")
+    function_name, traceback_text, cause, pid, host = pickle.loads(data[1:])
+    if cause is not None:
+        try:
+            cause = pickle.loads(cause)
+        except Exception as error:
+            return UnserializableException(
+                f"{function_name} raised an exception that cannot be unpickled here ({error!r}); there it was:\n"
+                f"{traceback_text}"
+            )
+    return RayTaskError(function_name, traceback_text, cause, pid, host).as_instanceof_cause()
+
+
+def dump_error(function_name: str, traceback_text: str, cause: BaseException | None, pid: int, host: str) -> bytes:
+    """The payload of a task's exception; a cause that cannot be pickled travels as text alone."""
+    pickled: bytes | None = None
+    if cause is not None:
+        try:
+            pickled, _ = pickle_value(cause)
+        except Exception:
+            pickled = None
+    return bytes([payload.TASK_ERROR]) + pickle.dumps((function_name, traceback_text, pickled, pid, host), 5)

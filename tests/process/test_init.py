@@ -1,0 +1,165 @@
+"""Starting and stopping a job from plain Python: arguments, repetition, sessions one after the other."""
+
+import pytest
+
+
+def test_before_init_nothing_runs_and_shutdown_is_harmless(own_init):
+    hpcray = own_init
+    assert not hpcray.is_initialized()
+    hpcray.shutdown()
+    assert not hpcray.is_initialized()
+
+
+def test_a_second_init_raises_unless_told_to_ignore_it(own_init):
+    hpcray = own_init
+    hpcray.init(num_cpus=1)
+    assert hpcray.is_initialized()
+
+    with pytest.raises(RuntimeError, match="ignore_reinit_error"):
+        hpcray.init(num_cpus=1)
+
+    hpcray.init(num_cpus=3, ignore_reinit_error=True)
+    assert hpcray.cluster_resources()["CPU"] == 1, "the job that runs is kept as it is"
+
+
+def test_the_with_form_shuts_down_at_the_end_even_after_an_error(own_init):
+    hpcray = own_init
+
+    def use():
+        with hpcray.init(num_cpus=1):
+            assert hpcray.is_initialized()
+            assert hpcray.get(hpcray.put(5)) == 5
+            raise KeyError("in the body")
+
+    with pytest.raises(KeyError, match="in the body"):
+        use()
+    assert not hpcray.is_initialized()
+
+
+def test_a_second_session_has_its_own_resources_and_knows_the_functions_and_classes_of_the_first(own_init):
+    hpcray = own_init
+
+    @hpcray.remote
+    def double(x):
+        return 2 * x
+
+    @hpcray.remote
+    class Keeper:
+        def __init__(self, value):
+            self.value = value
+
+        def read(self):
+            return self.value
+
+    hpcray.init(num_cpus=1, resources={"licence": 2}, num_gpus=1)
+    first = hpcray.cluster_resources()
+    assert (first["CPU"], first["licence"], first["GPU"]) == (1, 2, 1)
+    assert hpcray.get(double.remote(4)) == 8
+    assert hpcray.get(Keeper.remote(1).read.remote()) == 1
+    hpcray.shutdown()
+    assert not hpcray.is_initialized()
+
+    hpcray.init(num_cpus=3)
+    second = hpcray.cluster_resources()
+    assert second["CPU"] == 3
+    assert "licence" not in second
+    assert "GPU" not in second
+    assert hpcray.get(double.remote(5)) == 10
+    assert hpcray.get(Keeper.remote(2).read.remote()) == 2
+
+
+def test_a_ref_of_an_earlier_session_is_an_error_at_once(own_init):
+    hpcray = own_init
+    hpcray.init(num_cpus=1)
+    old = hpcray.put("of the first session")
+    hpcray.shutdown()
+    hpcray.init(num_cpus=1)
+    with pytest.raises((ValueError, hpcray.exceptions.RayError)) as caught:
+        hpcray.get(old, timeout=20)
+    assert not isinstance(caught.value, TimeoutError)
+
+
+@pytest.mark.parametrize("first_use", ["task", "actor", "put", "nodes"])
+def test_the_first_use_starts_a_local_job(own_init, first_use):
+    hpcray = own_init
+
+    @hpcray.remote
+    def one():
+        return 1
+
+    @hpcray.remote
+    class One:
+        def one(self):
+            return 1
+
+    assert not hpcray.is_initialized(), "decorating is not yet a use"
+    if first_use == "task":
+        assert hpcray.get(one.remote()) == 1
+    elif first_use == "actor":
+        assert hpcray.get(One.remote().one.remote()) == 1
+    elif first_use == "put":
+        assert hpcray.get(hpcray.put(1)) == 1
+    else:
+        assert len(hpcray.nodes()) == 1
+    assert hpcray.is_initialized()
+
+
+def test_the_store_has_the_size_that_init_asks_for(own_init):
+    hpcray = own_init
+    hpcray.init(num_cpus=1, object_store_memory=100 * 1024 * 1024, namespace="study")
+    assert hpcray.cluster_resources()["object_store_memory"] == 100 * 1024 * 1024
+    assert hpcray.get_runtime_context().namespace == "study"
+
+
+def test_address_local_starts_a_job_of_its_own(own_init):
+    hpcray = own_init
+    hpcray.init(address="local", num_cpus=2)
+    assert hpcray.cluster_resources()["CPU"] == 2
+
+
+def test_address_auto_without_a_running_job_is_a_connection_error(own_init):
+    hpcray = own_init
+    with pytest.raises(ConnectionError):
+        hpcray.init(address="auto")
+    assert not hpcray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "errors", "named"),
+    [
+        ({"num_cpus": -1}, ValueError, "CPU"),
+        ({"num_gpus": -1}, ValueError, "GPU"),
+        ({"num_cpus": "two"}, (TypeError, AssertionError), "CPU|num_cpus"),
+        ({"resources": {"licence": -1}}, ValueError, "licence"),
+        ({"resources": {"CPU": 1}}, (ValueError, AssertionError), "num_cpus"),
+        ({"resources": 3}, TypeError, ""),
+        ({"object_store_memory": 1}, ValueError, "1 "),
+        ({"object_store_memory": -1}, ValueError, "-1"),
+        ({"namespace": ""}, ValueError, "namespace"),
+        ({"namespace": 3}, TypeError, "namespace"),
+        ({"address": "no such address"}, ValueError, "no such address"),
+        ({"numcpus": 1}, (RuntimeError, TypeError), "numcpus"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_names_itself_and_starts_nothing(own_init, arguments, errors, named):
+    hpcray = own_init
+    with pytest.raises(errors, match=named):
+        hpcray.init(**arguments)
+    assert not hpcray.is_initialized()
+
+
+def test_init_inside_a_task_raises_unless_told_to_ignore_it(own_init):
+    hpcray = own_init
+    hpcray.init(num_cpus=1)
+
+    @hpcray.remote
+    def inside():
+        try:
+            hpcray.init()
+        except RuntimeError:
+            hpcray.init(ignore_reinit_error=True)
+            return hpcray.is_initialized()
+        return None
+
+    assert hpcray.get(inside.remote()) is True
