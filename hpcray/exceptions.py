@@ -51,7 +51,7 @@ class RayTaskError(RayError):
             return self
         try:
             combined = _combined_class(type(self.cause))
-            error = combined.__new__(combined)
+            error = combined.__new__(combined, *self.cause.args)
             BaseException.__init__(error, *self.cause.args)
             error.__dict__.update(getattr(self.cause, "__dict__", {}))
             error.__dict__.update(self.__dict__)

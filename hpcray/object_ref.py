@@ -78,7 +78,7 @@ class ObjectRef(Generic[T]):
     def __reduce__(self) -> Any:
         collected = context.pickled
         if collected is not None:
-            collected.append(self._id)
+            collected.append(self)
         elif self._client is not None:
             self._client.keep_forever(self._id)
         return _rebuild, (self._id,)

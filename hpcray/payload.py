@@ -7,6 +7,7 @@
     RAW        the bytes of a `bytes` object follow
     TASK_ERROR a pickled exception follows
     SYSTEM_ERROR  msgpack [class name, arguments] of an exception that a raylet made
+    DEPENDENCY_ERROR  msgpack [name of a task, payload of the error of one of its arguments]
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-PICKLE, BUFFERS, RAW, TASK_ERROR, SYSTEM_ERROR = 0, 1, 2, 16, 17
+PICKLE, BUFFERS, RAW, TASK_ERROR, SYSTEM_ERROR, DEPENDENCY_ERROR = 0, 1, 2, 16, 17, 18
 ALIGNMENT = 64
 NONE = bytes([PICKLE]) + b"\x80\x05N."
 """The payload of None, the most frequent result."""
@@ -34,6 +35,17 @@ def is_error(payload: bytes) -> bool:
 def system_error(name: str, *arguments: Any) -> bytes:
     """The payload of an exception that hpcray itself raises; `name` is one of `exceptions.from_description`."""
     return bytes([SYSTEM_ERROR]) + msgspec.msgpack.encode([name, list(arguments)])
+
+
+def dependency_error(name: str, inner: bytes) -> bytes:
+    """The payload of a task's failure because of an argument that is an error."""
+    return bytes([DEPENDENCY_ERROR]) + msgspec.msgpack.encode([name, inner])
+
+
+def describe_dependency_error(payload: bytes) -> tuple[str, bytes]:
+    """Inverse of `dependency_error`: the task's name and the argument's error."""
+    name, inner = msgspec.msgpack.decode(payload[1:])
+    return name, inner
 
 
 def describe_system_error(payload: bytes) -> tuple[str, list[Any]]:

@@ -17,10 +17,33 @@ from hpcray.worker.functions import export, template_id
 from hpcray.worker.inspection import explain
 
 
+class _Export:
+    """The function's pickle at the present connection, shared by all variants of its options."""
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self._function = function
+        self._name = name
+        self._known: tuple[Client, bytes] | None = None
+
+    def identifier(self, client: Client) -> bytes:
+        """The id of the definition; the first call per connection sends it."""
+        if self._known is None or self._known[0] is not client:
+            try:
+                identifier, blob = export(self._function)
+            except Exception as error:
+                text = f"could not serialize the function {self._name}: {explain(self._function, error)}"
+                raise TypeError(text) from error
+            client.define(identifier, blob)
+            self._known = (client, identifier)
+        return self._known[1]
+
+
 class RemoteFunction:
     """A function whose `.remote()` runs it somewhere in the job and returns at once."""
 
-    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], options: Mapping[str, Any], shared: _Export | None = None
+    ) -> None:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise NotImplementedError(f"{function.__qualname__}: generator tasks are not supported yet")
         self._function = function
@@ -28,8 +51,9 @@ class RemoteFunction:
         self._name = function.__qualname__
         self._signature = inspect.signature(function)
         self._takes_nothing = not self._signature.parameters
-        self._exported: tuple[Client, bytes, int, bytes] | None = None
-        """For this connection: template id, number of returns, function id."""
+        self._shared = shared or _Export(function, self._name)
+        self._exported: tuple[Client, bytes, int] | None = None
+        """For this connection: template id and number of returns."""
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -49,7 +73,7 @@ class RemoteFunction:
         exported = self._exported
         if exported is None or exported[0] is not client:
             exported = self._exported = self._export(client)
-        _, template, num_returns, _ = exported
+        _, template, num_returns = exported
         if args or kwargs or not self._takes_nothing:
             self._signature.bind(*args, **kwargs)
         packed = pack_arguments(client, self._name, args, kwargs)
@@ -68,17 +92,12 @@ class RemoteFunction:
         check_task_options(options)
         return RemoteFunctionWithOptions(self, {**self._options, **options})
 
-    def _export(self, client: Client) -> tuple[Client, bytes, int, bytes]:
-        try:
-            identifier, blob = export(self._function)
-        except Exception as error:
-            text = f"could not serialize the function {self._name}: {explain(self._function, error)}"
-            raise TypeError(text) from error
-        client.define(identifier, blob)
+    def _export(self, client: Client) -> tuple[Client, bytes, int]:
+        identifier = self._shared.identifier(client)
         template = task_template(client.job_definition, identifier, self._name, self._options)
         name = template_id(template)
         client.define_template(name, template)
-        return client, name, template.num_returns, identifier
+        return client, name, template.num_returns
 
     def __reduce__(self) -> Any:
         return _rebuild, (self._function, self._options)
@@ -91,7 +110,7 @@ class RemoteFunctionWithOptions:
     """What `RemoteFunction.options()` returns."""
 
     def __init__(self, function: RemoteFunction, options: Mapping[str, Any]) -> None:
-        self._variant = RemoteFunction(function._function, options)
+        self._variant = RemoteFunction(function._function, options, function._shared)
 
     def remote(self, *args: Any, **kwargs: Any) -> ObjectRef[Any] | list[ObjectRef[Any]] | None:
         """As `RemoteFunction.remote`, with these options."""

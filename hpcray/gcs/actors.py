@@ -20,7 +20,7 @@ from hpcray import payload
 from hpcray.gcs.scheduling import NodeView
 from hpcray.ids import home_of
 from hpcray.protocol import messages as m
-from hpcray.resources import Shape, slots
+from hpcray.resources import Shape
 
 PENDING, STARTING, ALIVE, DEAD = "pending", "starting", "alive", "dead"
 
@@ -101,14 +101,12 @@ class Actors:
             record.rank = rank
             record.incarnation += 1
             self._living[rank] = self._living.get(rank, 0) + 1
-            available = self._nodes[rank].available
-            for name, amount in spec.resources.items():
-                available[name] = available.get(name, 0) - amount
+            self._nodes[rank].placing[identifier] = spec.resources
             self._out.send(home_of(identifier), m.PlaceActor(identifier, record.incarnation, rank))
 
     def _choose(self, spec: m.Template) -> int | None:
         needed: Shape = spec.actor.placement if spec.actor and spec.actor.placement else spec.resources
-        fitting = [rank for rank, node in self._nodes.items() if slots(node.available, needed)]
+        fitting = [rank for rank, node in self._nodes.items() if node.has_room_for_actor(needed)]
         if spec.node is not None and (spec.node in fitting or not spec.node_is_soft):
             return spec.node if spec.node in fitting else None
         return min(fitting, key=lambda rank: (self._living.get(rank, 0), rank), default=None)
@@ -117,6 +115,7 @@ class Actors:
         record = self._current(message.actor, message.incarnation)
         if record is None:
             return
+        self._nodes[record.rank].placing.pop(record.id, None)
         if message.error is not None:
             self._leave(record)
             self._die(record, message.error)
@@ -160,7 +159,13 @@ class Actors:
             # Sent while it is starting, this may arrive before the actor does: `_announce` repeats it.
             self._out.send(record.rank, m.StopActor(identifier, drain))
 
+    @property
+    def is_waiting_for_room(self) -> bool:
+        """Whether an actor waits for a node."""
+        return bool(self._pending)
+
     def _leave(self, record: ActorRecord) -> None:
+        self._nodes[record.rank].placing.pop(record.id, None)
         self._living[record.rank] -= 1
 
     def _die(self, record: ActorRecord, error: bytes) -> None:

@@ -73,6 +73,11 @@ class GcsCore:
         """
         self._handlers[type(message)](rank, message)
 
+    @property
+    def is_waiting_for_room(self) -> bool:
+        """Whether an actor waits for what a node may have free."""
+        return self.actors.is_waiting_for_room
+
     def end_turn(self, now: float) -> None:
         """Make the grants and placements that this turn's news allow."""
         self.actors.place()

@@ -16,7 +16,7 @@ from hpcray.resources import Shape, slots
 class NodeView:
     """What the GCS knows of a raylet's room."""
 
-    __slots__ = ("arrived", "available", "granted", "room", "total")
+    __slots__ = ("arrived", "available", "granted", "placing", "room", "total")
 
     def __init__(self, total: Shape) -> None:
         self.total = total
@@ -25,6 +25,8 @@ class NodeView:
         self.granted: dict[bytes, int] = {}
         """Per class, places granted on this node since the job began."""
         self.arrived: dict[bytes, int] = {}
+        self.placing: dict[bytes, Shape] = {}
+        """Resources of actors that were placed here and have not started: no report counts them yet."""
 
     def on_load(self, load: m.Load) -> None:
         self.available = dict(load.available)
@@ -38,6 +40,14 @@ class NodeView:
         if room is None:
             room = slots(self.available, shape)
         return max(0, room - under_way)
+
+    def has_room_for_actor(self, shape: Shape) -> bool:
+        """Whether an actor that needs this can be placed here."""
+        available = dict(self.available)
+        for placed in self.placing.values():
+            for name, amount in placed.items():
+                available[name] = available.get(name, 0) - amount
+        return slots(available, shape) > 0
 
     def take(self, template: bytes, count: int) -> None:
         self.granted[template] = self.granted.get(template, 0) + count

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from hpcray import __version__
 from hpcray.launcher.mpirun import MpirunNotFound
 from hpcray.launcher.options import (
     JobOptions,
@@ -107,7 +108,7 @@ class _Hinting(click.Group):
 
 
 @click.group(cls=_Hinting)
-@click.version_option(package_name="hpcray", message="hpcray %(version)s")
+@click.version_option(__version__, message="hpcray %(version)s")
 def _cli() -> None:
     """Ray's programming model as one MPI job."""
 
@@ -214,8 +215,6 @@ def _start(options: JobOptions, ranks: int | None, mpirun: str | None) -> NoRetu
     if ranks is None or ranks == 1:  # one rank needs no MPI
         from hpcray.launcher.bootstrap import serve_job
 
-        # `hpcray run -n` blocks SIGINT for mpirun, and hydra hands the mask on to its ranks.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         serve_job(options)
 
     from hpcray.launcher.mpirun import find_mpirun, run_mpirun

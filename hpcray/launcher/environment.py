@@ -1,15 +1,15 @@
 """Environments of child processes: without the marks of an MPI rank, with limits for thread pools. Pure.
 
-What launchers add to a rank was compared by experiment: Open MPI 5 sets `OMPI_*` and `PMIX_*` (identity, contact,
-and `OMPI_MCA_*` for its own use), MPICH's hydra sets `PMI_*`, `MPI_LOCAL*` and `HYDI_CONTROL_FD`. A process that
-keeps them believes that it is that rank: `MPI_Init` in it hangs or aborts, and `mpirun` refuses to start.
+What launchers add to a rank was compared by experiment: Open MPI 5 sets `OMPI_*` and `PMIX_*` (identity,
+contact, and `OMPI_MCA_*` for its own use), MPICH's hydra sets `PMI_*`, `MPI_LOCAL*` and `HYDI_CONTROL_FD`.
 What a user sets to configure MPI is kept, so that a task's own `mpirun` behaves as in the user's shell.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 DRIVER_SOCKET = "HPCRAY_DRIVER"
 
@@ -21,12 +21,16 @@ THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
 )
 
+SET_AT_START = frozenset(name for name in THREAD_VARIABLES if name in os.environ)
+"""Thread variables of this process's own environment as it was when it started: the user's choice."""
+
 _IDENTITY = re.compile(
     r"""
     # Open MPI: all but the permission to run as root, compiler wrappers, and MCA parameters ...
     OMPI_(?!ALLOW_RUN_AS_ROOT|MCA_|(CC|CXX|FC|CPPFLAGS|CFLAGS|CXXFLAGS|FCFLAGS|LDFLAGS|LIBS)$)
     # ... except the parameters by which the launcher (4 and 5) tells a rank who it is.
-    | OMPI_MCA_(PREFIXES$|cpu_type$|initial_wdir$|num_procs$|mpi_ft_enable$|ess|orte_|pmix|opal_|shmem_RUNTIME)
+    | OMPI_MCA_(PREFIXES$|cpu_type$|initial_wdir$|num_procs$|mpi_ft_enable$)
+    | OMPI_MCA_(ess|orte_|pmix|opal_|shmem_RUNTIME)
     | OPAL_USER_PARAMS_GIVEN$
     # PMIx and its runtime: parameters and installation prefixes are configuration.
     | PMIX_(?!MCA_|PREFIX$|INSTALL_PREFIX$)
@@ -51,18 +55,20 @@ _IDENTITY = re.compile(
 
 
 def scrub(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what would make a child believe that it is this MPI rank, or this job's driver."""
+    """The environment without what would make a child believe that it is an MPI rank or a driver."""
     return {name: value for name, value in env.items() if not _IDENTITY.match(name)}
 
 
-def thread_limits(num_cpus: float, env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that keep thread pools to a task's CPUs, for those that `env` leaves open.
+def thread_limits(num_cpus: float, set_by_user: Container[str] = SET_AT_START) -> dict[str, str]:
+    """Variables that keep thread pools to a task's CPUs: as in Ray, ``max(1, int(num_cpus))``.
 
-    As in Ray the number is ``max(1, int(num_cpus))``. A user's `OMP_NUM_THREADS` governs the other libraries too.
+    Args:
+        num_cpus: What the task asks for.
+        set_by_user: Names that keep their values. With `OMP_NUM_THREADS` all do, since it governs the others.
     """
-    if "OMP_NUM_THREADS" in env:
+    if "OMP_NUM_THREADS" in set_by_user:
         return {}
-    return {name: str(max(1, int(num_cpus))) for name in THREAD_VARIABLES if name not in env}
+    return {name: str(max(1, int(num_cpus))) for name in THREAD_VARIABLES if name not in set_by_user}
 
 
 def driver_socket_value(fd: int, inode: int) -> str:

@@ -2,11 +2,12 @@
 
 Why this process stays and does not exec mpirun (measured with Open MPI 5.0.11 and MPICH 5.0.2):
 
-* Open MPI's mpirun ends with 1, silently, 0.3 s after Ctrl-C: it sends SIGTERM to the ranks, SIGKILL 0.25 s
-  later, and relays none of their last words. MPICH's prints two lines of its own on stdout. So SIGINT is
-  blocked for mpirun, and this process asks the job to stop with a signal that both forward to every rank.
-* Open MPI adds six lines of its own whenever a rank ends with another code than 0. Its option against that
+* After Ctrl-C Open MPI's mpirun sends SIGTERM to the ranks, SIGKILL 0.25 s later, relays none of their last
+  words and ends with 1. MPICH's prints two lines of its own on stdout. So mpirun has a session of its own,
+  without the terminal, and this process asks the job to stop with a signal that both forward to every rank.
+* Open MPI's adds six lines of its own whenever a rank ends with another code than 0. Its option against that
   loses the exit code, so they are taken out of its stderr here.
+* Its stdin is broken (see stdio.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from hpcray.launcher import stdio
 from hpcray.launcher.banner import BannerFilter
 
 Flavour = Literal["openmpi", "hydra"]
@@ -121,7 +123,7 @@ def identify(version_text: str) -> Flavour | None:
 
 
 def mpirun_argv(mpirun: Mpirun, ranks: int, command: Sequence[str]) -> list[str]:
-    """The command line that starts `ranks` unbound ranks of `command`; rank 0 gets stdin."""
+    """The command line that starts `ranks` unbound ranks of `command`."""
     if mpirun.flavour == "openmpi":
         # Bound ranks would see one or two CPUs each; and more ranks than cores are the user's word.
         options = ["--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
@@ -148,8 +150,9 @@ def run_mpirun(
 ) -> int:
     """Start the ranks, wait for the job and return its exit code. Blocks; only for the main thread.
 
-    stdin and stdout are mpirun's own. SIGINT, SIGTERM and SIGHUP end the job: first in an orderly way, after
-    3 s (or at the second signal) by SIGTERM, 1 s later by SIGKILL; the code is then 128 + the first signal.
+    Rank 0 gets stdin, stdout and stderr by `stdio.borrow`. SIGINT, SIGTERM and SIGHUP end the job: first in
+    an orderly way, after 3 s (or at the second signal) by SIGTERM, 1 s later by SIGKILL; the code is then 128
+    + the first signal.
 
     Raises:
         MpirunNotFound: It cannot be started.
@@ -168,11 +171,12 @@ class _Supervisor:
         self._steps = iter(_STEPS)
         self._next_step_at: float | None = None
         self._banner = BannerFilter()
+        self._lender = stdio.Lender()
 
     def run(self, argv: Sequence[str], env: Mapping[str, str]) -> int:
-        with _handled_signals(self._on_stop) as woken:
+        with contextlib.closing(self._lender), _handled_signals(self._on_stop) as woken:
             try:
-                self._process = _start(argv, env)
+                self._process = _start(argv, {**env, stdio.VARIABLE: self._lender.name})
             except OSError as error:
                 raise MpirunNotFound(f"{argv[0]} does not start ({error.strerror})") from None
             with self._process as process:
@@ -206,10 +210,13 @@ class _Supervisor:
         with selectors.DefaultSelector() as selector:
             selector.register(process.stderr, selectors.EVENT_READ)
             selector.register(woken, selectors.EVENT_READ)
+            selector.register(self._lender, selectors.EVENT_READ)
             while process.poll() is None:
                 ready = {key.fd for key, _ in selector.select(self._patience())}
                 if woken in ready:
                     os.read(woken, 4096)
+                if self._lender.fileno() in ready:
+                    self._lender.lend_nowait()
                 if process.stderr.fileno() in ready:
                     if not self._relay(process.stderr.fileno()):
                         selector.unregister(process.stderr)
@@ -218,6 +225,7 @@ class _Supervisor:
                 if self._next_step_at is not None and time.monotonic() >= self._next_step_at:
                     self._step()
             selector.unregister(woken)
+            selector.unregister(self._lender)
             # What mpirun said last is in the pipe; who else still holds its other end is not waited for.
             while selector.get_map() and selector.select(0):
                 if not self._relay(process.stderr.fileno()):
@@ -244,10 +252,15 @@ def _start(argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[byte
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # died before the line above could tell the kernel
             os._exit(128 + signal.SIGKILL)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
-    # Neither a session nor a process group of its own: mpirun reads the terminal, as the foreground may.
-    return subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, preexec_fn=before_exec)
+    return subprocess.Popen(
+        argv,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=before_exec,
+    )
 
 
 @contextlib.contextmanager

@@ -92,7 +92,8 @@ class Calls:
     def _register(self, message: m.CreateActor) -> None:
         self._out.push_definitions(0, message.template)
         if (error := dependency_error(self._table, message.dependencies)) is not None:
-            self.on_changed(m.ActorChanged(message.actor, "dead", -1, 0, error))
+            reason = payload.dependency_error(f"{self._out.template(message.template).name}.__init__", error)
+            self.on_changed(m.ActorChanged(message.actor, "dead", -1, 0, reason))
             return
         self._out.warn_if_infeasible(self._out.template(message.template))
         self._out.to_gcs(
@@ -142,7 +143,7 @@ class Calls:
             if view.state == "dead":
                 self._fail(call, view.error)
             elif (error := dependency_error(self._table, call.message.dependencies)) is not None:
-                self._fail(call, error)
+                self._fail(call, payload.dependency_error(call.message.method, error))
             else:
                 self._send(view, call)
         if not queue:

@@ -51,6 +51,8 @@ class RayletOut(Protocol):
 class GcsHere(Protocol):
     """The GCS, as the raylet of the same process calls it."""
 
+    @property
+    def is_waiting_for_room(self) -> bool: ...
     def on_message(self, rank: int, message: m.PeerMessage) -> None: ...
     def end_turn(self, now: float) -> None: ...
 
@@ -118,7 +120,7 @@ class RayletCore:
         self.hosted = HostedActors(self.pool, self)
         self._loopback: list[tuple[bool, m.PeerMessage]] = []
         """Messages of this rank to itself, with whether they are for the GCS; handled before the turn ends."""
-        self._reported: tuple[Shape, dict[bytes, int], dict[bytes, int]] | None = None
+        self._reported: m.Load | None = None
         self._granted_classes: dict[bytes, int] = {}
         self._warned: set[bytes] = set()
         self.gcs: GcsHere | None = None
@@ -586,6 +588,8 @@ class RayletCore:
         if message.topic == "ping":
             self._out.to_client(client, m.Answer(message.number, ok=True, payload=b""))
             return
+        if message.topic == "available_resources" and self.gcs is not None:
+            self.gcs.on_message(self.rank, self._load())
         self.to_gcs(m.Ask(client.number, message.number, message.topic, message.arguments))
 
     def _on_told(self, rank: int, message: m.Told) -> None:
@@ -608,7 +612,8 @@ class RayletCore:
         while True:
             self.tasks.place()
             self.pool.dispatch(now)
-            self.pool.end_idle_leases()
+            if self.pool.end_idle_leases() and (self.pool.ready or self.tasks.queues):
+                continue  # what they held may be just what others wait for
             self._report_load()
             if self.gcs is not None:
                 self.gcs.end_turn(now)
@@ -626,14 +631,26 @@ class RayletCore:
         """The GCS of the same process speaks to this raylet: handled in this turn."""
         self._loopback.append((False, message))
 
-    def _report_load(self) -> None:
-        if self.is_alone:
-            return
+    @property
+    def gcs_wants_load(self) -> bool:
+        """Whether the GCS of this process needs to know what is free."""
+        return self.gcs is not None and self.gcs.is_waiting_for_room
+
+    def _load(self) -> m.Load:
         room = {template: self.pool.room(template) for template in self._granted_classes}
-        load = (dict(self.ledger.free), room, dict(self._granted_classes))
-        if load != self._reported:
-            self._reported = load
-            self.to_gcs(m.Load(*load))
+        return m.Load(dict(self.ledger.free), room, dict(self._granted_classes))
+
+    def _report_load(self) -> None:
+        if self.is_alone and not self.gcs_wants_load:
+            return  # there is nobody whose tasks could be sent here
+        load = self._load()
+        if load == self._reported:
+            return
+        self._reported = load
+        if self.gcs is not None:
+            self.gcs.on_message(self.rank, load)
+        else:
+            self._out.send(0, load)
 
     def check(self) -> None:
         """Raise InternalError if any part disagrees with another. Slow: tests and HPCRAY_CHECK=1."""

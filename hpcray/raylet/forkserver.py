@@ -19,7 +19,6 @@ import argparse
 import array
 import collections
 import contextlib
-import ctypes
 import gc
 import importlib
 import os
@@ -31,14 +30,22 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from hpcray.launcher.environment import DRIVER_SOCKET, THREAD_VARIABLES, driver_socket_value
+from hpcray.raylet.descendants import (
+    adopt_orphans,
+    children,
+    close_inherited,
+    descendants,
+    die_with,
+    has_children,
+    kill,
+    set_process_name,
+)
 from hpcray.raylet.leftovers import JobTraces, remove_mpi_leftovers
-from hpcray.worker import output
 
 
 class SpawnWorker(msgspec.Struct, tag=1, array_like=True):
@@ -70,7 +77,7 @@ class Signal(msgspec.Struct, tag=3, array_like=True):
 
 
 class Watch(msgspec.Struct, tag=4, array_like=True):
-    """Rank → fork server: what the MPI library may leave behind, to be removed after the rank's end."""
+    """Rank → fork server: what to remove if the rank dies; the last one counts."""
 
     traces: JobTraces
 
@@ -103,14 +110,6 @@ DRIVER_GRACE = 2.0  # seconds between SIGTERM and SIGKILL for a driver whose ran
 END_LIMIT = 10.0  # seconds after which unkillable (disk-sleep) processes are given up
 MAX_MESSAGE = 1 << 18  # bytes; above the largest datagram that the default Unix socket buffer takes
 
-_PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _prctl(option: int, argument: int | bytes) -> None:
-    if _libc.prctl(option, argument, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl({option})")
-
 
 class WorkerSeat(NamedTuple):
     """What a freshly forked worker has been given; descriptors of this process."""
@@ -135,9 +134,9 @@ class Server:
         self._workers: set[int] = set()
         self._drivers: dict[int, subprocess.Popen[bytes]] = {}
         self._ended_workers: set[int] = set()
-        self._traces: JobTraces | None = None
-        # The rank's group is the terminal's foreground group: the driver belongs there, while this process must
-        # survive what launchers send to the whole group (Open MPI: SIGKILL), to clean up after it.
+        self._traces = JobTraces()
+        # The rank's group may be the terminal's foreground group: the driver belongs there, while this
+        # process must survive what launchers send to the whole group (Open MPI: SIGKILL), to clean up.
         self._rank_group = os.getpgrp()
         os.setpgid(0, 0)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -153,7 +152,9 @@ class Server:
             self._drain_wakeup()
             self._reap()
             try:
-                self._send_replies()
+                # Requests are read even if the rank reads no replies: it may be blocked in sending the next.
+                with contextlib.suppress(BlockingIOError):
+                    self._send_replies()
                 message, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 3, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 continue
@@ -166,25 +167,24 @@ class Server:
                 return seat
 
     def end(self) -> None:
-        """End every descendant and remove what the rank's MPI library left. Blocks, mostly for milliseconds."""
+        """End every descendant and remove what a dead rank's MPI left. Blocks, mostly for milliseconds."""
         for pid in self._drivers:
-            _kill(pid, signal.SIGTERM)
+            kill(pid, signal.SIGTERM)
         for pid in self._workers:
-            _kill(pid, signal.SIGKILL)
+            kill(pid, signal.SIGKILL)
         now = time.monotonic()
         driver_deadline, limit = now + DRIVER_GRACE, now + END_LIMIT
         poller = select.poll()
         poller.register(self._wakeup, select.POLLIN)
-        while self._has_children() and now < limit:
+        while has_children() and now < limit:
             self._reap()
             if not self._drivers or now >= driver_deadline:
-                for pid in _descendants(os.getpid()):
-                    _kill(pid, signal.SIGKILL)
+                for pid in descendants(os.getpid()):
+                    kill(pid, signal.SIGKILL)
             poller.poll(50)
             self._drain_wakeup()
             now = time.monotonic()
-        if self._traces is not None:
-            remove_mpi_leftovers(self._traces)
+        remove_mpi_leftovers(self._traces)
 
     def forget(self) -> None:
         """In a forked worker: let go of descriptors that are about to be closed by number."""
@@ -200,7 +200,7 @@ class Server:
                 self._spawn_driver(request, list(fds))
             elif isinstance(request, Signal):
                 if request.pid in self._workers or request.pid in self._drivers:
-                    _kill(request.pid, request.signum)
+                    kill(request.pid, request.signum)
             else:
                 self._traces = request.traces
         except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -232,7 +232,7 @@ class Server:
             os.setpgid(0, self._rank_group)
             for signum in (*_IGNORED, signal.SIGCHLD):
                 signal.signal(signum, signal.SIG_DFL)
-            _die_with(parent)
+            die_with(parent)
 
         try:
             (sock,) = fds
@@ -286,18 +286,11 @@ class Server:
 
     def _kill_orphans_of_ended_workers(self) -> None:
         # No process gets a session's number while the session has members, so this cannot hit a stranger.
-        for pid in _own_children():
+        for pid in children():
             if pid not in self._workers and pid not in self._drivers:
                 with contextlib.suppress(ProcessLookupError):
                     if os.getsid(pid) in self._ended_workers:
-                        _kill(pid, signal.SIGKILL)
-
-    def _has_children(self) -> bool:
-        try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return False
-        return True
+                        kill(pid, signal.SIGKILL)
 
 
 # What a terminal or batch system sends is the rank's to judge; it ends this process through the socket.
@@ -314,67 +307,25 @@ _IGNORED = (
 )
 
 
-def _kill(pid: int, signum: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, signum)
-
-
 def _close(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
 
 
-def _close_from_3_except(kept: int) -> None:
-    os.closerange(3, kept)
-    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
-
-
-def _die_with(parent: int) -> None:
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
-
-
-def _own_children() -> list[int]:
-    try:
-        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-    except OSError:  # a kernel without CONFIG_PROC_CHILDREN: orphans live until the end of the job
-        return []
-
-
-def _descendants(root: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for directory in Path("/proc").iterdir():
-        if directory.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent = int((directory / "stat").read_bytes().rpartition(b")")[2].split()[1])
-                children.setdefault(parent, []).append(int(directory.name))
-    found: list[int] = []
-    queue = [root]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
-
-
 def _sit_down(seat: WorkerSeat) -> socket.socket:
     os.setsid()
-    _die_with(seat.parent)
+    die_with(seat.parent)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(seat.stdout, 1)
     os.dup2(seat.stderr, 2)
-    _close_from_3_except(seat.sock)
+    close_inherited(seat.sock)
     for signum in (*_IGNORED, signal.SIGCHLD):
         signal.signal(signum, signal.SIG_DFL)
     # A handler, not SIG_IGN: what a task starts by exec gets the default back.
     signal.signal(signal.SIGINT, lambda *_: None)
-    _prctl(_PR_SET_NAME, b"hpcray:worker")
-    output.install()
+    set_process_name("hpcray:worker")
     numpy_random = sys.modules.get("numpy.random")
-    if (
-        numpy_random is not None
-    ):  # after a fork Python's `random` reseeds itself, numpy's global generator does not
+    if numpy_random is not None:  # Python's `random` reseeds itself after a fork, this one does not
         numpy_random.seed()
     gc.enable()
     return socket.socket(fileno=seat.sock)
@@ -414,10 +365,10 @@ def main() -> None:
     parser.add_argument("fd", type=int)
     parser.add_argument("--worker", default="hpcray.worker.main:main")
     arguments = parser.parse_args()
-    _close_from_3_except(arguments.fd)
+    close_inherited(arguments.fd)
     os.set_inheritable(arguments.fd, False)
-    _prctl(_PR_SET_NAME, b"hpcray:forks")
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    set_process_name("hpcray:forks")
+    adopt_orphans()
     for signum in _IGNORED:
         signal.signal(signum, signal.SIG_IGN)
     server = Server(socket.socket(fileno=arguments.fd))

@@ -1,7 +1,7 @@
 """What MPI libraries leave on a host when a job is killed, and its removal.
 
 Observed with kill -9 (Open MPI 5.0, MPICH 5.0):
-  mpirun killed   Open MPI: its session directory (`ompi.<pid of mpirun>`) and each rank's /dev/shm/sm_segment.*.
+  mpirun killed   Open MPI: its session directory (`ompi.<pid of mpirun>`), each rank's /dev/shm/sm_segment.*.
                   MPICH: /dev/shm/mpich_shm_*, one per host.
   a rank killed   the same files in /dev/shm; Open MPI's launcher removes its session directory itself.
 A file in /dev/shm is known as ours because our rank has it mapped; its random name alone says nothing.
@@ -28,16 +28,16 @@ class JobTraces(msgspec.Struct, array_like=True, frozen=True):
     launcher_pid: int = 0
 
 
-_MAPPED = re.compile(r"(/dev/shm/\S+)$", re.MULTILINE)  # a deleted file's line ends otherwise
+_MAPPED = re.compile(r"/dev/shm/(\S+)$", re.MULTILINE)  # noqa: S108 - only read; a deleted file's line ends otherwise
 _OF_MPI = re.compile(
-    r"/dev/shm/(mpich_shm_|mpich_shar_tmp|(sm|vader)_segment\.|osc_(sm|rdma)\.|open_mpi\.|ucx_shm_posix_|psm[23]_shm)"
+    r"(mpich_shm_|mpich_shar_tmp|(sm|vader)_segment|osc_(sm|rdma)|open_mpi|ucx_shm_posix_|psm._shm)"
 )
-_SEGMENT = re.compile(r"/dev/shm/(sm|vader)_segment\..*\.(?P<local_rank>\d+)$")
+_SEGMENT = re.compile(r"(sm|vader)_segment\..*\.(?P<local_rank>\d+)$")
 _SESSION = re.compile(r"(ompi|prte|prterun)\.(.*\.)?(?P<pid>\d+)$")
 
 
 def find_traces(env: Mapping[str, str], maps: str) -> JobTraces:
-    """Pure: the traces of a rank, from its unscrubbed environment and its `/proc/self/maps` after `MPI_Init`."""
+    """Pure: a rank's traces, from its unscrubbed environment and its `/proc/self/maps` after `MPI_Init`."""
     local_rank = env.get("OMPI_COMM_WORLD_LOCAL_RANK")
     session_dir = env.get("PMIX_SERVER_TMPDIR", "")
     session = _SESSION.match(Path(session_dir).name)  # Slurm's directory does not match: it is slurmstepd's
@@ -49,11 +49,11 @@ def find_traces(env: Mapping[str, str], maps: str) -> JobTraces:
 
 
 def _files_of_the_rank(maps: str, local_rank: str | None) -> Iterator[str]:
-    for path in _MAPPED.findall(maps):
-        segment = _SEGMENT.match(path)
+    for name in _MAPPED.findall(maps):
+        segment = _SEGMENT.match(name)
         # Open MPI's peers attach to each other's segment late: a living rank's must keep its name.
-        if _OF_MPI.match(path) and (segment is None or segment["local_rank"] == local_rank):
-            yield path
+        if _OF_MPI.match(name) and (segment is None or segment["local_rank"] == local_rank):
+            yield f"/dev/shm/{name}"  # noqa: S108
 
 
 def remove_mpi_leftovers(traces: JobTraces) -> None:

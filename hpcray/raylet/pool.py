@@ -208,11 +208,14 @@ class Pool:
             self._drained.append(worker)
         return work
 
-    def end_idle_leases(self) -> None:
-        """After `dispatch`: a lease without work gives its resources back."""
+    def end_idle_leases(self) -> bool:
+        """After `dispatch`: leases without work give their resources back. True if there were any."""
+        if not self._drained:
+            return False
         for worker in self._drained:
             self._end_lease_if_done(worker)
         self._drained.clear()
+        return True
 
     def _end_lease_if_done(self, worker: Worker) -> None:
         if worker.tasks or worker.template is None or worker.actor is not None:

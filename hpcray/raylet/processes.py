@@ -79,7 +79,7 @@ class ForkServer:
     def spawn_worker(self, token: int, sock_fd: int, out_fd: int, err_fd: int) -> None:
         """Ask for a worker; `Spawned` or `SpawnFailed` with this token follows.
 
-        The descriptors are copied, the caller closes its own. Blocks only if hundreds of requests are under way.
+        The descriptors are copied, the caller closes its own. Blocks only if hundreds wait.
         """
         self._send(SpawnWorker(token), (sock_fd, out_fd, err_fd))
 
@@ -90,10 +90,10 @@ class ForkServer:
 
         Args:
             token: Comes back in the answer.
-            argv: Program and arguments. It runs with the rank's stdin, stdout, stderr and in its process group.
+            argv: Program and arguments. It gets the rank's stdin, stdout, stderr and process group.
             env: Laid over the scrubbed environment given to `start`.
             cwd: Its working directory.
-            sock_fd: The driver's socket, found by it through `HPCRAY_DRIVER`; copied, the caller closes its own.
+            sock_fd: The driver's socket, found by `HPCRAY_DRIVER`. Copied, the caller closes its own.
 
         Raises:
             OSError: The request is too large for a socket message (about 200 KB).
@@ -105,7 +105,7 @@ class ForkServer:
         self._send(Signal(pid, int(signum)))
 
     def watch(self, traces: JobTraces) -> None:
-        """Tell what to remove from this host after this rank's end, however it ends."""
+        """Tell what to remove from this host if this process dies without `close`; after `MPI_Init`."""
         self._send(Watch(traces))
 
     def read(self) -> list[Event]:
@@ -132,14 +132,16 @@ class ForkServer:
         self._process.returncode = 0  # or its finalizer would look for a child that is none of ours
 
     def close(self, timeout: float = 15.0) -> None:
-        """Kill all workers, the driver and what they started; block until they are gone. Repeating is harmless.
+        """Kill all workers, the driver and what they started; block until they are gone.
 
-        The driver gets SIGTERM and 2 seconds first. Call it after `MPI_Finalize`, or when MPI will not be finalised
-        any more: it removes what `watch` named.
+        The driver gets SIGTERM and 2 seconds first. MPI's files stay: they are for `MPI_Finalize` or, if
+        there will be none, for `remove_mpi_leftovers`.
 
         Args:
             timeout: Seconds; after them the fork server itself is killed, and its workers with it.
         """
+        if not self._ended:
+            self.watch(JobTraces())
         self._ended = True
         self._sock.close()
         try:

@@ -94,7 +94,7 @@ class Tasks:
 
     def _enqueue(self, task: Task) -> None:
         if (error := dependency_error(self._table, task.dependencies)) is not None:
-            self._fail(task, error)
+            self._fail(task, payload.dependency_error(self._out.template(task.template).name, error))
             return
         task.runs_on = NOWHERE
         queue = self.queues.get(task.template)

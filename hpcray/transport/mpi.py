@@ -77,13 +77,13 @@ class AsleepFlag(Protocol):
 class _Stream:
     """One direction of one transfer: chunks in order, a bounded number of them with MPI."""
 
-    __slots__ = ("_buffer", "_peer", "_posted", "_start", "chunks", "is_send", "on_done", "tag")
+    __slots__ = ("_buffer", "_posted", "_start", "chunks", "is_send", "on_done", "peer", "tag")
 
     def __init__(
         self, comm: MPI.Comm, peer: int, tag: int, buffer: memoryview, on_done: OnDone, *, is_send: bool
     ) -> None:
         self._start = comm.Isend if is_send else comm.Irecv
-        self._peer = peer
+        self.peer = peer
         self._buffer = buffer.cast("B")
         self._posted = 0
         self.tag = tag
@@ -100,7 +100,7 @@ class _Stream:
             moved = True
         while len(chunks) < _CHUNKS_IN_FLIGHT and self._posted < len(self._buffer):
             chunk = self._buffer[self._posted : self._posted + _CHUNK_SIZE]
-            chunks.append(self._start((chunk, MPI.BYTE), self._peer, self.tag))
+            chunks.append(self._start((chunk, MPI.BYTE), self.peer, self.tag))
             self._posted += len(chunk)
             moved = True
         return moved
@@ -110,11 +110,12 @@ class _Stream:
         return not self.chunks and self._posted == len(self._buffer)
 
     def abandon(self) -> None:
-        """Take back the chunks that MPI still allows to take back."""
+        """Let go of the chunks that are with MPI; it takes receives back, but no sends."""
         for request in self.chunks:
-            if not self.is_send:  # MPI takes no send back
-                request.Cancel()
-            request.Free()
+            if not self.is_send:
+                _cancel(request)
+            elif request != MPI.REQUEST_NULL:
+                request.Free()
         self.chunks.clear()
 
 
@@ -181,7 +182,7 @@ class MpiTransport:
         self._peers = [_Peer(rank, same_host.get(rank)) for rank in range(comm.Get_size())]
         self._has_far_peers = len(same_host) < len(self._peers) - 1
         self._fence = Lock()
-        self._sends: list[MPI.Request] = []
+        self._sends: list[tuple[MPI.Request, _Peer]] = []
         self._streams: list[_Stream] = []
         self._owed: list[_Peer] = []
         self._last_traffic = monotonic()
@@ -229,7 +230,7 @@ class MpiTransport:
         message = _HEADER.pack(kind, self._rank, taken & _COUNT_MASK, size) + body
         request = self._comm.Isend((message, MPI.BYTE), state.rank, _FRAME_TAG)
         if not request.Test():
-            self._sends.append(request)
+            self._sends.append((request, state))
         self._last_traffic = monotonic()
         self._wake(state)
 
@@ -260,6 +261,15 @@ class MpiTransport:
         if len(state.large_out) == 1:
             self._add_stream(state.large_out[0])
 
+    def _retire_sends(self) -> bool:
+        pending = [entry for entry in self._sends if not entry[0].Test()]
+        moved = len(pending) < len(self._sends)
+        self._sends = pending
+        for _, state in pending:
+            # Above the eager size (Open MPI 4 KiB, MPICH 8) a message needs its receiver more than once.
+            self._wake(state)
+        return moved
+
     # Arrivals
 
     def progress(self) -> bool:
@@ -267,11 +277,8 @@ class MpiTransport:
         moved = self._take_frames()
         if self._streams and self._advance_streams():
             moved = True
-        if self._sends:
-            pending = [request for request in self._sends if not request.Test()]
-            if len(pending) < len(self._sends):
-                moved = True
-            self._sends = pending
+        if self._sends and self._retire_sends():
+            moved = True
         if moved:
             self._last_traffic = monotonic()
         return moved
@@ -360,10 +367,6 @@ class MpiTransport:
         state.bulk_tags_made += 1
         return _FIRST_BULK_TAG + state.bulk_tags_made - 1
 
-    def release_tag(self, peer: int, tag: int) -> None:
-        """Free a tag of `new_tag` for which the peer said that it will send nothing."""
-        self._peers[peer].bulk_tags_free.append(tag)
-
     def receive_into(self, peer: int, tag: int, buffer: memoryview, on_done: OnDone) -> None:
         """Fill `buffer` from the peer's `send_from` with the same tag and the same size, without a copy here.
 
@@ -372,10 +375,19 @@ class MpiTransport:
         """
 
         def received(error: str | None) -> None:
-            self.release_tag(peer, tag)
+            self._peers[peer].bulk_tags_free.append(tag)
             on_done(error)
 
         self._add_stream(_Stream(self._comm, peer, tag, buffer, received, is_send=False))
+
+    def cancel_receive(self, peer: int, tag: int, error: str) -> None:
+        """End a `receive_into` for which the peer says that it has nothing; calls its `on_done(error)`."""
+        for stream in self._streams:
+            if stream.tag == tag and stream.peer == peer and not stream.is_send:
+                stream.abandon()
+                self._streams.remove(stream)
+                stream.on_done(error)
+                return
 
     def send_from(self, peer: int, tag: int, buffer: memoryview, on_done: OnDone) -> None:
         """Send `buffer` to the peer's `receive_into` with the same tag and size; `on_done` as there."""
@@ -416,9 +428,6 @@ class MpiTransport:
         if self._owed:
             self._acknowledge()
         quiet = monotonic() - self._last_traffic
-        if quiet < float(os.environ.get("NEARSPIN","0")) or 0: 
-            os.sched_yield()
-            return 0.0
         if self._has_far_peers or self._sends or self._streams:
             if quiet < _SPIN:
                 os.sched_yield()

@@ -127,8 +127,12 @@ class EventLoop:
 
     def _run_soon(self) -> None:
         os.eventfd_read(self._wakeup_fd)
-        for _ in range(len(self._soon)):
-            self._soon.popleft()()
+        try:
+            for _ in range(len(self._soon)):
+                self._soon.popleft()()
+        except BaseException:
+            os.eventfd_write(self._wakeup_fd, 1)  # for those behind the one that failed
+            raise
 
     def stop(self) -> None:
         """Let `run()` return at the end of this turn, `end_of_turn` included."""

@@ -34,6 +34,7 @@ class Executor:
         self._job: bytes | None = None
         self._actor: Any = None
         self._actor_template: m.Template | None = None
+        self._returned: list[Serialized] = []
         self._threads: float | None = None
         self._environment = dict(os.environ)
         """As the user left it; what it says of threads is not ours to change."""
@@ -63,7 +64,6 @@ class Executor:
                 value = _finish(value)
             del arguments, options
             results = self._results(work, template, name, value)
-            del value
         except BaseException as error:
             if isinstance(error, SystemExit):
                 raise
@@ -74,6 +74,8 @@ class Executor:
         runtime_context.leave()
         _flush_output()
         self._client.send(m.TaskDone(work.task, results, failed, retry, perf_counter() - start))
+        # Only now may references in the results die: their release must not overtake the reply.
+        self._returned.clear()
 
     @staticmethod
     def _count(work: m.Run, template: m.Template) -> int:
@@ -159,6 +161,7 @@ class Executor:
             from hpcray.worker.inspection import explain
 
             raise TypeError(f"the result of {name} cannot be serialised: {explain(value, error)}") from error
+        self._returned.append(serialized)
         if serialized.size <= self._client.inline_limit:
             return m.InlineResult(serialized.to_bytes(), serialized.nested)
         self._client.write_to_arena(object_id(work.task, index), serialized)

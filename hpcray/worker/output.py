@@ -1,7 +1,7 @@
 """A worker's stdout and stderr, and whose line is whose.
 
-A worker writes to two pipes that its raylet reads. Before a task runs, the worker writes a marker to both: a NUL, a
-word and the task's name. What follows, from Python or from a C library, belongs to that name.
+A worker writes to two pipes that its raylet reads. Before a task runs, the worker writes a marker to both: a
+NUL, a word and the task's name. What follows, from Python or from a C library, belongs to that name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def install() -> None:
 
 
 def announce(name: str) -> None:
-    """From here on, what is written to descriptors 1 and 2 belongs to `name`. Blocks while the pipes are full."""
+    """From here on, what is written to descriptors 1 and 2 belongs to `name`. Blocks while a pipe is full."""
     marker = _MARK + name.encode(errors="replace").replace(b"\n", b" ")[:NAME_LIMIT] + b"\n"
     for stream, fd in ((sys.__stdout__, 1), (sys.__stderr__, 2)):
         with contextlib.suppress(BrokenPipeError):  # the raylet is gone, and the worker about to notice
@@ -42,8 +42,8 @@ def split(buffer: bytearray, chunk: bytes, name: str) -> tuple[list[tuple[str, b
         name: Whom the bytes in `buffer` belong to.
 
     Returns:
-        ``(lines, name)``: pairs of a name and a line without its newline, and the name for the next call. Lines over
-        `LINE_LIMIT` come in pieces.
+        ``(lines, name)``: pairs of a name and a line without its newline, and the name for the next call.
+        Lines over `LINE_LIMIT` come in pieces.
     """
     buffer += chunk
     lines: list[tuple[str, bytes]] = []

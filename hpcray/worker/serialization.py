@@ -10,19 +10,19 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpcray import payload
 from hpcray.exceptions import RaySystemError, RayTaskError, UnserializableException, from_description
 
-OUT_OF_BAND_MINIMUM = 4096
-"""Bytes. Smaller buffers stay in the pickle: their own slot would cost more than the copy."""
+if TYPE_CHECKING:
+    from hpcray.object_ref import ObjectRef
 
 
 class _Context(threading.local):
     """What the pickling or unpickling at work in this thread collects."""
 
-    pickled: list[bytes] | None = None
+    pickled: list[ObjectRef[Any]] | None = None
 
 
 context = _Context()
@@ -31,13 +31,19 @@ context = _Context()
 class Serialized:
     """A pickled value that still has to be copied into its payload."""
 
-    __slots__ = ("_data", "_layout", "nested", "size")
+    __slots__ = ("_data", "_layout", "references", "size")
 
-    def __init__(self, data: bytes | None, layout: payload.Layout | None, nested: list[bytes]) -> None:
+    def __init__(self, data: bytes | None, layout: payload.Layout | None, references: list[ObjectRef[Any]]) -> None:
         self._data = data
         self._layout = layout
-        self.nested = nested
+        self.references = references
+        """Those inside the value: alive until the raylet has been told of them."""
         self.size = len(data) if data is not None else layout.size if layout is not None else 0
+
+    @property
+    def nested(self) -> list[bytes]:
+        """The ids of the references inside the value."""
+        return [reference.binary() for reference in self.references]
 
     def to_bytes(self) -> bytes:
         """The payload as bytes."""
@@ -66,22 +72,24 @@ def serialize(value: Any) -> Serialized:
     if type(value) is bytes:
         return Serialized(bytes([payload.RAW]) + value, None, [])
     buffers: list[pickle.PickleBuffer] = []
-    data, nested = pickle_value(value, buffers)
+    data, references = pickle_value(value, buffers)
     if not buffers:
-        return Serialized(bytes([payload.PICKLE]) + data, None, nested)
-    return Serialized(None, payload.Layout(data, [buffer.raw() for buffer in buffers]), nested)
+        return Serialized(bytes([payload.PICKLE]) + data, None, references)
+    return Serialized(None, payload.Layout(data, [buffer.raw() for buffer in buffers]), references)
 
 
-def pickle_value(value: Any, buffers: list[pickle.PickleBuffer] | None = None) -> tuple[bytes, list[bytes]]:
+def pickle_value(
+    value: Any, buffers: list[pickle.PickleBuffer] | None = None
+) -> tuple[bytes, list[ObjectRef[Any]]]:
     """The pickle of a value and the references inside it; large buffers are appended to `buffers`, if given."""
     outer, context.pickled = context.pickled, []
     keep: Callable[[pickle.PickleBuffer], bool] | None = None
     if buffers is not None:
 
         def keep(buffer: pickle.PickleBuffer) -> bool:
+            # Small ones too: an array is read-only whatever its size.
             try:
-                if buffer.raw().nbytes < OUT_OF_BAND_MINIMUM:
-                    return True
+                buffer.raw()
             except BufferError:  # not contiguous: only in-band pickling can copy it
                 return True
             buffers.append(buffer)
@@ -94,12 +102,12 @@ def pickle_value(value: Any, buffers: list[pickle.PickleBuffer] | None = None) -
                 return data, context.pickled
         except Exception:
             pass  # cloudpickle may know better, and raises what the user should see if not
-        import cloudpickle
+        from hpcray.worker.functions import pickle_by_value
 
         context.pickled = []
         if buffers:
             buffers.clear()
-        data = cloudpickle.dumps(value, 5, buffer_callback=keep)
+        data = pickle_by_value(value, keep)
         return data, context.pickled
     finally:
         context.pickled = outer
@@ -127,6 +135,13 @@ def load_error(data: bytes) -> Exception:
     """The exception of an error's payload."""
     if data[0] == payload.SYSTEM_ERROR:
         return from_description(*payload.describe_system_error(data))
+    if data[0] == payload.DEPENDENCY_ERROR:
+        name, inner = payload.describe_dependency_error(data)
+        error = load_error(inner)
+        if not isinstance(error, RayTaskError):
+            return error
+        text = f"an argument of {name} could not be computed:\n{error.function_name} raised:\n{error.traceback_str}"
+        return RayTaskError(name, text, error.cause, error.pid, error.host).as_instanceof_cause()
     if data[0] != payload.TASK_ERROR:
         return RaySystemError(f"an object's payload is damaged: unknown kind {data[0]}")
     function_name, traceback_text, cause, pid, host = pickle.loads(data[1:])

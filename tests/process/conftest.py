@@ -7,6 +7,7 @@ difference from Ray. Where hpcray promises more than Ray, the test is marked ``b
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -69,30 +70,32 @@ def ray_start(request: pytest.FixtureRequest, hpcray: ModuleType) -> Iterator[Mo
 
     At the end of the module nothing of the job may be left.
     """
-    hpcray.shutdown()
-    hpcray.init(**getattr(request.module, "INIT", {"num_cpus": 2}))
-    yield hpcray
-    hpcray.shutdown()
-    assert_nothing_left()
+    with leaving_nothing_behind(hpcray):
+        hpcray.init(**getattr(request.module, "INIT", {"num_cpus": 2}))
+        yield hpcray
 
 
 @pytest.fixture
 def own_init(hpcray: ModuleType) -> Iterator[ModuleType]:
     """The module without a job, for tests that start their own; whatever they leave is shut down."""
-    hpcray.shutdown()
-    yield hpcray
-    hpcray.shutdown()
-    assert_nothing_left()
+    with leaving_nothing_behind(hpcray):
+        yield hpcray
 
 
-def assert_nothing_left() -> None:
+@contextlib.contextmanager
+def leaving_nothing_behind(hpcray: ModuleType) -> Iterator[None]:
+    """Shut the job down at the end; then no process and no thread may be there that was not there before."""
+    hpcray.shutdown()
+    children_before = set(psutil.Process().children(recursive=True))
+    yield
+    hpcray.shutdown()
     if ON_RAY:
         return
 
     def leftovers() -> list[str]:
-        children = [str(child) for child in psutil.Process().children(recursive=True)]
+        children = set(psutil.Process().children(recursive=True)) - children_before
         threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("hpcray")]
-        return children + threads
+        return [*map(str, children), *threads]
 
     _wait_until(lambda: not leftovers(), timeout=10, on_timeout=lambda: f"left after shutdown: {leftovers()}")
 

@@ -79,7 +79,7 @@ def test_a_ref_of_an_earlier_session_is_an_error_at_once(own_init):
     assert not isinstance(caught.value, TimeoutError)
 
 
-@pytest.mark.parametrize("first_use", ["task", "actor", "put", "nodes"])
+@pytest.mark.parametrize("first_use", ["task", "actor", "put", "context"])
 def test_the_first_use_starts_a_local_job(own_init, first_use):
     hpcray = own_init
 
@@ -100,8 +100,16 @@ def test_the_first_use_starts_a_local_job(own_init, first_use):
     elif first_use == "put":
         assert hpcray.get(hpcray.put(1)) == 1
     else:
-        assert len(hpcray.nodes()) == 1
+        assert hpcray.get_runtime_context().get_job_id()
     assert hpcray.is_initialized()
+
+
+@pytest.mark.parametrize("question", ["nodes", "cluster_resources", "available_resources"])
+def test_asking_what_the_job_has_is_an_error_without_a_job(own_init, question):
+    hpcray = own_init
+    with pytest.raises(hpcray.exceptions.RaySystemError):
+        getattr(hpcray, question)()
+    assert not hpcray.is_initialized()
 
 
 def test_the_store_has_the_size_that_init_asks_for(own_init):
