@@ -101,11 +101,10 @@ def check_layout(ranks: Sequence[Facts]) -> Finding:
     hosts = _by_host(ranks)
     layout = ", ".join(f"{host}: {len(here)}" for host, here in hosts.items())
     detail = f"{_count(len(ranks), 'rank')} on {_count(len(hosts), 'host')} ({layout})"
-    alone = ranks[0].launcher == "none" and "SLURM_JOB_ID" in ranks[0].slurm
-    if alone and ranks[0].slurm.get("SLURM_JOB_NUM_NODES", "1") != "1":
-        return Finding(
-            "WARN", "hosts and ranks", detail, "this looks at one host of the job; all: srun hpcray doctor"
-        )
+    job_hosts = ranks[0].slurm.get("SLURM_JOB_NUM_NODES", "1")
+    if ranks[0].launcher == "none" and job_hosts != "1":
+        told = f"{detail}; the Slurm job has {job_hosts} hosts"
+        return Finding("WARN", "hosts and ranks", told, "to look at all of them: srun hpcray doctor")
     return Finding("OK", "hosts and ranks", detail)
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +21,9 @@ BANNER_4 = (
     + b"  Process name: [[24862,1],0]\n  Exit code:    3\n"
     + RULE
 )
-KILLED = RULE + b"prterun noticed that process rank 1 with PID 1 on node vm exited on\nsignal 9 (Killed).\n" + RULE
+KILLED = (
+    RULE + b"prterun noticed that process rank 1 with PID 1 on node vm exited on\nsignal 9 (Killed).\n" + RULE
+)
 
 
 def shown(*pieces):
@@ -36,7 +40,7 @@ def test_the_banner_is_dropped(banner):
 def test_the_banner_is_dropped_however_it_is_cut(cuts):
     whole = b"before\n" + BANNER + b"between" + b"\n" + KILLED + BANNER + b"after"
     edges = [0, *sorted(cut for cut in cuts if cut < len(whole)), len(whole)]
-    pieces = [whole[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [whole[a:b] for a, b in pairwise(edges)]
     assert shown(*pieces) == b"before\nbetween\n" + KILLED + b"after"
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -35,12 +36,16 @@ def test_sizes_are_decimal_or_binary_as_their_unit_says(text, size):
 
 @pytest.mark.parametrize("text", ["", "MB", "3q", "-1", "0", "0.1", "1e9", "inf", "2 3", "١٢", "0x10"])
 def test_what_is_no_size_is_refused_with_the_text_in_the_message(text):
-    with pytest.raises(ValueError, match="is not a size|is less than one byte"):
+    with pytest.raises(ValueError, match=r"is not a size|is less than one byte"):
         parse_size(text)
 
 
 def test_resources_are_numbers_by_name():
-    assert parse_resources('{"licence": 2, "disk": 0.5, "none": 0}') == {"licence": 2.0, "disk": 0.5, "none": 0.0}
+    assert parse_resources('{"licence": 2, "disk": 0.5, "none": 0}') == {
+        "licence": 2.0,
+        "disk": 0.5,
+        "none": 0.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -60,9 +65,8 @@ def test_resources_are_numbers_by_name():
     ],
 )
 def test_bad_resources_are_named(text, told):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=re.escape(told)):
         parse_resources(text)
-    assert told in str(caught.value)
 
 
 def test_amounts_are_whole_where_they_can_be():

@@ -2,7 +2,7 @@ import pytest
 
 from hpcray.launcher.roles import Launch, LaunchError, check_world, detect_launch, driver_rank, offers_cpus
 
-# As recorded: Open MPI 5.0.11, MPICH 5.0.2 and Slurm 22.05, cut down to what names ranks.
+# Recorded with Open MPI 5.0.11 and MPICH 5.0.2; Slurm's as in srun(1) and sbatch(1). Only what names ranks.
 OPENMPI = {
     "OMPI_COMM_WORLD_RANK": "1",
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -79,7 +79,14 @@ def test_an_older_slurm_without_step_tasks_still_tells_the_size():
 
 @pytest.mark.parametrize(
     ("listed", "node", "count"),
-    [("4", "0", 4), ("2,1", "1", 1), ("2(x3),1", "2", 2), ("2(x3),1", "3", 1), ("2", "5", None), ("x", "0", None)],
+    [
+        ("4", "0", 4),
+        ("2,1", "1", 1),
+        ("2(x3),1", "2", 2),
+        ("2(x3),1", "3", 1),
+        ("2", "5", None),
+        ("x", "0", None),
+    ],
 )
 def test_tasks_of_this_host_are_found_in_slurms_list(listed, node, count):
     env = {**STEP, "SLURM_STEP_TASKS_PER_NODE": listed, "SLURM_NODEID": node}
