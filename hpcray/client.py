@@ -236,6 +236,8 @@ class Client:
         """Make a function, class or job configuration known; sent once per process."""
         if identifier not in self._defined:
             self._defined.add(identifier)
+            if not self.is_driver:
+                self.blobs[identifier] = blob  # the raylet will not send back what came from here
             self.send(m.Define(identifier, blob))
 
     def define_template(self, identifier: bytes, template: m.Template) -> None:

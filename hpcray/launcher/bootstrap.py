@@ -25,13 +25,16 @@ import msgspec
 import hpcray
 from hpcray import config as configuration
 from hpcray.ids import new_nonce
-from hpcray.launcher import attach
+from hpcray.launcher import attach, stdio
 from hpcray.launcher.connect import Connection
 from hpcray.launcher.environment import scrub
+from hpcray.launcher.mpirun import STOP_SIGNAL
 from hpcray.launcher.options import JobOptions
 from hpcray.launcher.roles import Launch, LaunchError, check_world, detect_launch, offers_cpus
+from hpcray.raylet.cgroup import read_limits
 from hpcray.raylet.core import NodeInfo
-from hpcray.launcher._detect_stub import Detected, detect, share
+from hpcray.raylet.detect import RankMask, detect_cpus, detect_gpus, detect_memory, share, share_gpus
+from hpcray.raylet.leftovers import JobTraces, find_traces, remove_mpi_leftovers
 from hpcray.raylet.processes import ForkServer
 from hpcray.raylet.server import RankServer
 from hpcray.resources import shape_of, to_float
@@ -56,15 +59,18 @@ class Introduction(msgspec.Struct):
     machine: str
     """Which ranks can map each other's memory: host, boot and network namespace."""
     pid: int
-    cpus: float
     affinity: list[int]
+    cpus_on_host: int
+    """How many CPUs the job may use on this host."""
+    cpus_of_rank: int | None
+    """How many this rank may use, where the launcher says so."""
     memory: int
-    gpus: float
+    """Bytes that the job may use on this host."""
+    gpus: list[str]
     resources: dict[str, float]
     doorbell: bytes
     nonce: bytes
     store: int
-    error: str
 
 
 # ------------------------------------------------------------------------------------------------------------------ world
@@ -126,20 +132,23 @@ class Rank:
     loop: EventLoop
     world: World | None
     doorbell: Doorbell | None
+    is_clean: bool = True
+    """After `serve`: all ranks took their leave, so that MPI can be finalised without waiting for a dead one."""
 
     def serve(self) -> int:
         """Serve until the job ends; its exit code. Blocks. The world can be left afterwards."""
         code = self.server.run()
         transport = self.server.transport
         if transport is not None:
-            transport.close()
+            self.is_clean = transport.close()
         if self.doorbell is not None:
             self.loop.remove_reader(self.doorbell.fd)
             self.doorbell.close()
-        if self.world is not None:
+        if self.world is not None and self.is_clean:
             self.world.comm.Free()
         self.loop.close()
-        self.server.arena.close()
+        for arena in self.server.arenas.values():
+            arena.close()
         return code
 
 
@@ -167,8 +176,7 @@ def start_rank(options: JobOptions, world: World | None, forks: ForkServer | Non
 def _start_rank(options: JobOptions, config: configuration.Config, world: World | None, forks: ForkServer) -> Rank:
     rank = world.rank if world else 0
     doorbell = Doorbell() if world else None
-    found = detect()
-    mine = _introduce(options, found, doorbell)
+    mine = _introduce(options, doorbell)
     if world:
         everybody = _agree(world, mine)
     else:
@@ -184,22 +192,25 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
     return Rank(server, loop, world, doorbell)
 
 
-def _introduce(options: JobOptions, found: Detected, doorbell: Doorbell | None) -> Introduction:
+def _introduce(options: JobOptions, doorbell: Doorbell | None) -> Introduction:
+    limits = read_limits()
+    cpus = detect_cpus(os.environ, os.sched_getaffinity(0), limits=limits)
     return Introduction(
         version=hpcray.__version__,
         python=platform.python_version(),
         host=socket.gethostname(),
         machine=_machine(),
         pid=os.getpid(),
-        cpus=found.cpus,
-        affinity=sorted(os.sched_getaffinity(0)),
-        memory=found.memory,
-        gpus=found.gpus if options.num_gpus is None else options.num_gpus,
+        affinity=sorted(cpus.affinity),
+        cpus_on_host=cpus.shared,
+        cpus_of_rank=cpus.slurm_per_task,
+        memory=detect_memory(os.environ, limits=limits).usable,
+        # Asking the driver takes a while; a user who has said how many GPUs there are need not wait for it.
+        gpus=[] if options.num_gpus is not None else [gpu.uuid for gpu in detect_gpus(os.environ).gpus],
         resources=dict(options.resources),
         doorbell=doorbell.name if doorbell else b"",
         nonce=new_nonce(),
         store=options.object_store_memory or 0,
-        error="",
     )
 
 
@@ -224,27 +235,49 @@ def _make_nodes(
     options: JobOptions, config: configuration.Config, everybody: list[Introduction]
 ) -> list[NodeInfo]:
     machines = [one.machine for one in everybody]
+    cpus = _deal_cpus(options, everybody, machines)
+    gpus = _deal_gpus(options, everybody, machines)
     nodes: list[NodeInfo] = []
     for rank, one in enumerate(everybody):
-        here = [other for other in range(len(everybody)) if machines[other] == one.machine]
-        offers = offers_cpus(rank, machines, options.head_cpus)
-        sharing = [other for other in here if offers_cpus(other, machines, options.head_cpus)]
-        cpus: float = 0
-        if rank == 0 and options.head_cpus is not None:
-            cpus = options.head_cpus
-        elif offers:
-            if options.num_cpus is not None:
-                cpus = options.num_cpus
-            else:
-                counts = share([(everybody[other].affinity, everybody[other].cpus) for other in sharing])
-                cpus = counts[sharing.index(rank)]
-        budget = min(everybody[other].memory for other in here)
-        store = one.store or int(budget * config.store_share / len(here))
+        here = [other for other in everybody if other.machine == one.machine]
+        budget = min(other.memory for other in here) // len(here)
+        store = one.store or int(budget * config.store_share)
         store -= store % 4096
-        memory = max(0, budget // len(here) - store)
-        amounts = {**one.resources, "CPU": cpus, "GPU": one.gpus, "memory": memory, "object_store_memory": store}
+        amounts = {
+            **one.resources,
+            "CPU": cpus[rank],
+            "GPU": gpus[rank],
+            "memory": max(0, budget - store),
+            "object_store_memory": store,
+        }
         nodes.append(NodeInfo(rank, one.host, one.machine, one.pid, shape_of(amounts), store))
     return nodes
+
+
+def _deal_cpus(options: JobOptions, everybody: list[Introduction], machines: list[str]) -> list[float]:
+    dealt: list[float] = [0] * len(everybody)
+    offering = [rank for rank in range(len(everybody)) if offers_cpus(rank, machines, options.head_cpus)]
+    for machine in dict.fromkeys(machines):
+        here = [rank for rank in offering if machines[rank] == machine]
+        masks = [
+            RankMask(frozenset(everybody[r].affinity), everybody[r].cpus_on_host, everybody[r].cpus_of_rank) for r in here
+        ]
+        for rank, count in zip(here, share(masks), strict=True):
+            dealt[rank] = count if options.num_cpus is None else options.num_cpus
+    if options.head_cpus is not None:
+        dealt[0] = options.head_cpus
+    return dealt
+
+
+def _deal_gpus(options: JobOptions, everybody: list[Introduction], machines: list[str]) -> list[float]:
+    if options.num_gpus is not None:
+        return [options.num_gpus] * len(everybody)
+    dealt: list[float] = [0] * len(everybody)
+    for machine in dict.fromkeys(machines):
+        here = [rank for rank, other in enumerate(machines) if other == machine]
+        for rank, mine in zip(here, share_gpus([everybody[rank].gpus for rank in here]), strict=True):
+            dealt[rank] = len(mine)
+    return dealt
 
 
 def _connect_ranks(
@@ -291,9 +324,12 @@ def serve_job(options: JobOptions) -> NoReturn:
     """Be one rank of the job that `hpcray run` or `python -m hpcray` was launched as. Ends the process."""
     launch = detect_launch(os.environ)
     _die_with_launcher(launch)
+    if not launch.rank:
+        _use_the_users_stdio()
     forks = ForkServer.start(os.environ)
     with _failing_cleanly(launch, forks):
         world = enter_world(launch) if launch.is_mpi and launch.size != 1 else None
+        traces = _watch_traces(world, forks)
         rank = start_rank(options, world, forks)
         server = rank.server
         _install_signal_handlers(rank)
@@ -306,7 +342,26 @@ def serve_job(options: JobOptions) -> NoReturn:
             else:
                 _say_how_to_attach(server)
         code = rank.serve()
-        _leave(world, code, was_interrupted=server.was_interrupted and server.rank == 0)
+        if server.was_interrupted and server.rank == 0:
+            print("hpcray: interrupted, the job has ended", file=sys.stderr, flush=True)
+        _leave(rank, traces, code)
+
+
+def _use_the_users_stdio() -> None:
+    """Under `hpcray run -n`: take its stdin, stdout and stderr, which mpirun would pass on late, changed, or not at all."""
+    lent = stdio.borrow()
+    for number, descriptor in enumerate(lent or ()):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+
+
+def _watch_traces(world: World | None, forks: ForkServer) -> JobTraces:
+    """Have the fork server remove what MPI leaves on this host, should this rank be killed."""
+    if world is None:
+        return JobTraces()
+    traces = find_traces(os.environ, Path("/proc/self/maps").read_text())
+    forks.watch(traces)
+    return traces
 
 
 def _say_hello(server: RankServer) -> None:
@@ -342,8 +397,8 @@ def _install_signal_handlers(rank: Rank) -> None:
     def handle(signum: int, _frame: object) -> None:
         rank.loop.call_soon_threadsafe(lambda: rank.server.interrupt(signum))
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
+    for signum in (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL):
+        signal.signal(signum, handle)
 
 
 def _die_with_launcher(launch: Launch) -> None:
@@ -382,11 +437,12 @@ def _abort_mpi() -> None:
         module.COMM_WORLD.Abort(1)
 
 
-def _leave(world: World | None, code: int, *, was_interrupted: bool = False) -> NoReturn:
-    if was_interrupted:
-        print("hpcray: interrupted, the job has ended", file=sys.stderr, flush=True)
-    if world is not None:
-        _finalize_mpi()
+def _leave(rank: Rank, traces: JobTraces, code: int) -> NoReturn:
+    if rank.world is not None:
+        if rank.is_clean:
+            _finalize_mpi()
+        else:
+            remove_mpi_leftovers(traces)
     _exit(code)
 
 
@@ -430,10 +486,11 @@ def _serve_joined(
     _die_with_launcher(launch)
     with _failing_cleanly(launch, forks):
         world = enter_world(launch)
+        traces = _watch_traces(world, forks)
         rank = start_rank(options, world, forks)
         _install_signal_handlers(rank)
         take_driver(rank.server)
-        _leave(world, rank.serve())
+        _leave(rank, traces, rank.serve())
     raise AssertionError("a rank left its service")
 
 

@@ -25,6 +25,7 @@ from hpcray.config import Config
 from hpcray.exceptions import InternalError
 from hpcray.gcs.core import GcsCore
 from hpcray.launcher.attach import DRIVER_SETTINGS, address_of
+from hpcray.launcher.mpirun import STOP_SIGNAL
 from hpcray.observe.logfiles import LogFiles
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import FrameError, decode_from_peer, encode
@@ -413,13 +414,17 @@ class RankServer:
         """The job was told to stop (Ctrl-C, SIGTERM): the script first, everything after a grace."""
         if self.rank != 0 or self.exit_code is not None:
             return
-        self.was_interrupted = True
+        if signum == STOP_SIGNAL:
+            # `hpcray run -n` has been interrupted, and has said so.
+            signum, delay = signal.SIGINT, 0.0
+        else:
+            self.was_interrupted = True
+            # A terminal's Ctrl-C reaches the script by itself; a second one would interrupt its cleaning up.
+            delay = TERMINAL_DELAY if signum == signal.SIGINT else 0.0
         code = 128 + signum
         if self._driver_pid is None:
             self.end_job(code)
             return
-        # A terminal's Ctrl-C reaches the script by itself; a second one would interrupt its cleaning up.
-        delay = TERMINAL_DELAY if signum == signal.SIGINT else 0.0
         now = monotonic()
         self.loop.call_at(now + delay, lambda: self.signal_driver(signum))
         self.loop.call_at(now + delay + self._config.shutdown_grace, lambda: self.end_job(code))

@@ -36,8 +36,6 @@ class Executor:
         self._actor_template: m.Template | None = None
         self._returned: list[Serialized] = []
         self._threads: float | None = None
-        self._environment = dict(os.environ)
-        """As the user left it; what it says of threads is not ours to change."""
 
     def run(self, work: m.Run) -> None:
         """Run one piece of work and report it; user errors are results, never exceptions here."""
@@ -116,7 +114,7 @@ class Executor:
     def _limit_threads(self, cpus: float) -> None:
         if cpus != self._threads:
             self._threads = cpus
-            os.environ.update(thread_limits(cpus, self._environment))
+            os.environ.update(thread_limits(cpus))
 
     def _enter_job(self, job: bytes) -> None:
         if self._job is not None:
