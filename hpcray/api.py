@@ -385,7 +385,7 @@ def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
     """
     if not isinstance(actor, ActorHandle):
         raise ValueError(f"kill() ends actors, not {type(actor)}")
-    require_client().send(m.Kill(actor._actor_id, no_restart))
+    require_client().send(m.Kill(actor._actor, no_restart))
 
 
 def get_actor(name: str, namespace: str | None = None) -> ActorHandle:

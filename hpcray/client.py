@@ -105,6 +105,14 @@ class Client:
         self._ready: set[bytes] = set()
         self._watched: set[bytes] = set()
         self._large: set[bytes] = set()
+        self._coming: set[bytes] = set()
+        """In drivers: returns of tasks that the raylet will send, or say `Exists` of, by itself."""
+        self._existing: set[bytes] = set()
+        """Returns that exist, and whose value must be asked for."""
+        self._getting: dict[bytes, int] = {}
+        """Coming returns that threads wait for in `get`: to be asked for if they turn out to be large."""
+        self._fetching = 0
+        """Threads that wait for copies on this node in `wait`."""
         self._reservations: dict[bytes, int | bytes] = {}
         self._answers: dict[int, m.Answer] = {}
         self._futures: dict[bytes, list[concurrent.futures.Future[Any]]] = {}
@@ -116,7 +124,7 @@ class Client:
             m.Ready: self._on_ready, m.Reserved: self._on_reserved, m.ReserveFailed: self._on_reserve_failed,
             m.Answer: self._on_answer, m.Define: self._on_define, m.DefineTemplate: self._on_define_template,
             m.Registered: self._on_registered, m.Refused: self._on_refused, m.MapArena: self._on_map_arena,
-            m.LogLines: lambda lines: self.on_log(lines), m.Exit: self._on_exit,
+            m.LogLines: lambda lines: self.on_log(lines), m.Exit: self._on_exit, m.Exists: self._on_exists,
         }  # fmt: skip
 
     # -------------------------------------------------------------------------------------------------------- sending
@@ -167,6 +175,8 @@ class Client:
             self._ready.discard(identifier)
             self._watched.discard(identifier)
             self._large.discard(identifier)
+            self._coming.discard(identifier)
+            self._existing.discard(identifier)
         while self._dead_views:
             stored = self._dead_views.popleft()
             stored.views -= 1
@@ -205,12 +215,16 @@ class Client:
 
     def adopt(self, identifier: bytes) -> ObjectRef[Any]:
         """The reference that was just unpickled here."""
+        self.count_up(identifier)
+        return counted(identifier, self)
+
+    def count_up(self, identifier: bytes) -> None:
+        """One more `ObjectRef` instance of an object that may not have been held here before."""
         with self._lock:
             known = self._counts.get(identifier, 0)
             self._counts[identifier] = known + 1
             if not known:
                 self._pending.append(m.AddReferences([identifier]))
-        return counted(identifier, self)
 
     def keep_forever(self, identifier: bytes) -> None:
         """The user pickled a reference: hpcray cannot see where it goes."""
@@ -228,6 +242,8 @@ class Client:
             counts = self._counts
             for identifier in returns:
                 counts[identifier] = 1
+            if self.is_driver and not isinstance(message, m.CreateActor):
+                self._coming.update(returns)
             self._send_locked(message)
         return [counted(identifier, self) for identifier in returns]
 
@@ -263,7 +279,10 @@ class Client:
             self.write_to_arena(identifier, value)
             self._large.add(identifier)
             message = m.Seal(identifier, value.nested)
-        return self.submit(message, [identifier])[0]  # type: ignore[arg-type]
+        with self._lock:
+            self._counts[identifier] = 1
+            self._send_locked(message)
+        return counted(identifier, self)
 
     def write_to_arena(self, identifier: bytes, value: Serialized) -> None:
         """Reserve memory for a large object and copy it there; whoever calls this tells the raylet that it is written."""
@@ -301,15 +320,37 @@ class Client:
             return not missing
 
         with self._blocking():
-            self.send(m.Get(missing, not self.is_driver))
-            if not self.wait_until(complete, deadline):
-                self._settle()
-                if not complete():
-                    self.send(m.StopGetting())
-                    raise GetTimeoutError(
-                        f"get() timed out after {timeout} s: {len(missing)} of {len(identifiers)} objects are not ready, "
-                        f"ObjectRef({missing[-1].hex()}) among them; they may still come, and get() may be called again"
-                    )
+            with self._lock:
+                coming = [identifier for identifier in missing if identifier in self._coming]
+                for identifier in coming:
+                    self._getting[identifier] = self._getting.get(identifier, 0) + 1
+                asked = missing if not coming else [i for i in missing if i not in self._coming and i not in values]
+                if asked:
+                    self._send_locked(m.Get(list(asked), not self.is_driver))
+                elif self._dead:
+                    self._send_locked(None)
+            try:
+                arrived = self.wait_until(complete, deadline)
+                if not arrived:
+                    self._settle()
+                    arrived = complete()
+            finally:
+                self._stop_getting(coming)
+            if not arrived:
+                self.send(m.StopGetting())
+                raise GetTimeoutError(
+                    f"get() timed out after {timeout} s: {len(missing)} of {len(identifiers)} objects are not ready, "
+                    f"ObjectRef({missing[-1].hex()}) among them; they may still come, and get() may be called again"
+                )
+
+    def _stop_getting(self, identifiers: list[bytes]) -> None:
+        with self._lock:
+            for identifier in identifiers:
+                left = self._getting[identifier] - 1
+                if left:
+                    self._getting[identifier] = left
+                else:
+                    del self._getting[identifier]
 
     @contextlib.contextmanager
     def _blocking(self) -> Iterator[None]:
@@ -340,8 +381,6 @@ class Client:
             if isinstance(value, _Stored):
                 return self._load_view(value)
             if value is not None:
-                if identifier not in self._counts:
-                    del self._values[identifier]
                 return deserialize(value)
             # Its last view died, in another thread, between our fetch and now.
             self.fetch([identifier], None)
@@ -369,13 +408,13 @@ class Client:
         self, identifiers: Sequence[bytes], num_returns: int, timeout: float | None, *, fetch: bool
     ) -> set[bytes]:
         """Block until `num_returns` of the objects exist (with `fetch`: are on this node); all that do."""
-        ready, values, watched = self._ready, self._values, self._watched
+        ready, values, watched, existing = self._ready, self._values, self._watched, self._existing
         deadline = None if timeout is None else monotonic() + timeout
 
         def enough() -> bool:
             found = 0
             for identifier in identifiers:
-                if identifier in ready or identifier in values:
+                if identifier in values or identifier in ready or (not fetch and identifier in existing):
                     found += 1
                     if found >= num_returns:
                         return True
@@ -383,14 +422,21 @@ class Client:
 
         if not enough():
             self._check_job(identifiers)
-            new = [i for i in identifiers if i not in watched and i not in ready and i not in values]
-            watched.update(new)
             with self._blocking():
-                if new or not self.is_driver:
-                    self.send(m.Watch(new, fetch))
-                if not self.wait_until(enough, deadline):
-                    self._settle()
-        return {i for i in identifiers if i in ready or i in values}
+                with self._lock:
+                    self._fetching += fetch
+                    known = (watched, ready, values, self._coming)
+                    new = [i for i in identifiers if not any(i in some for some in known)]
+                    watched.update(new)
+                    if new or not self.is_driver:
+                        self._send_locked(m.Watch(new, fetch))
+                try:
+                    if not self.wait_until(enough, deadline):
+                        self._settle()
+                finally:
+                    with self._lock:
+                        self._fetching -= fetch
+        return {i for i in identifiers if i in values or i in ready or (not fetch and i in existing)}
 
     def _settle(self) -> None:
         # A time-out of zero still deserves what the raylet has at hand: its answers precede the one to this ping.
@@ -547,7 +593,9 @@ class Client:
             self.before_blocking()
 
     def _on_inline_object(self, message: m.InlineObject) -> None:
-        self._values[message.id] = message.data
+        if message.id in self._counts:
+            self._values[message.id] = message.data
+        self._coming.discard(message.id)
         if self._futures:
             self._complete_futures(message.id)
 
@@ -560,6 +608,17 @@ class Client:
         self._large.add(message.id)
         if self._futures:
             self._complete_futures(message.id)
+
+    def _on_exists(self, message: m.Exists) -> None:
+        with self._lock:
+            self._coming.difference_update(message.ids)
+            self._existing.update(message.ids)
+            self._large.update(message.ids)
+            if wanted := [identifier for identifier in message.ids if identifier in self._getting]:
+                self._send_locked(m.Get(wanted, blocks=False))
+            if self._fetching:
+                self._watched.update(message.ids)
+                self._send_locked(m.Watch(message.ids, fetch=True))
 
     def _on_ready(self, message: m.Ready) -> None:
         self._ready.update(message.ids)

@@ -2,9 +2,9 @@
 
     TaskId    24 bytes: home rank (2) · job nonce (8) · client (4) · counter (10), big-endian
     ObjectId  28 bytes: TaskId (24) · index (4); index 0 is a `put` (or an actor's handle), returns count from 1
-    ActorId   24 bytes: the TaskId of the actor's creation
+    ActorId   24 bytes: the TaskId of the actor's creation; users see the 16 bytes of `shown_actor`
 
-Sizes of tasks' and objects' ids are Ray's, since programs print and slice them.
+Sizes of what users see are Ray's, since programs print and slice them.
 The home of an object is read from its id, so nobody has to be asked for it. The nonce is drawn once per job: a
 reference that outlived its job is recognised instead of naming some other object.
 """
@@ -62,6 +62,11 @@ def nonce_of(identifier: bytes) -> bytes:
 def task_of(identifier: bytes) -> TaskId:
     """The task that makes this object."""
     return TaskId(identifier[:TASK_ID_SIZE])
+
+
+def shown_actor(actor: bytes) -> bytes:
+    """The id of an actor as users see it: as long as Ray's, and still different from all others of its job."""
+    return actor[:2] + actor[10:14] + actor[-10:]
 
 
 def node_id(nonce: bytes, rank: int) -> str:

@@ -29,8 +29,11 @@ class ObjectRef(Generic[T]):
         if not isinstance(identifier, bytes) or len(identifier) != OBJECT_ID_SIZE:
             raise ValueError(f"an ObjectRef is made of {OBJECT_ID_SIZE} bytes, not of {identifier!r}")
         self._id = identifier
-        self._client: Client | None = None
-        """Who counts this instance; None for one that the user made of bytes."""
+        from hpcray.client import current_client
+
+        self._client = current_client()
+        if self._client is not None:
+            self._client.count_up(identifier)
 
     def __del__(self) -> None:
         client = self._client

@@ -8,6 +8,7 @@
     TASK_ERROR a pickled exception follows
     SYSTEM_ERROR  msgpack [class name, arguments] of an exception that a raylet made
     DEPENDENCY_ERROR  msgpack [name of a task, payload of the error of one of its arguments]
+    CREATION_ERROR  msgpack [actor id in hexadecimal, class name, payload of the error that its creation ended with]
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 
 import msgspec
 
-PICKLE, BUFFERS, RAW, TASK_ERROR, SYSTEM_ERROR, DEPENDENCY_ERROR = 0, 1, 2, 16, 17, 18
+from hpcray.ids import shown_actor
+
+PICKLE, BUFFERS, RAW, TASK_ERROR, SYSTEM_ERROR, DEPENDENCY_ERROR, CREATION_ERROR = 0, 1, 2, 16, 17, 18, 19
 ALIGNMENT = 64
 NONE = bytes([PICKLE]) + b"\x80\x05N."
 """The payload of None, the most frequent result."""
@@ -46,6 +49,24 @@ def describe_dependency_error(payload: bytes) -> tuple[str, bytes]:
     """Inverse of `dependency_error`: the task's name and the argument's error."""
     name, inner = msgspec.msgpack.decode(payload[1:])
     return name, inner
+
+
+def actor_died(actor: bytes, cls: str, why: str) -> bytes:
+    """The payload of what calls to a dead actor raise; `cls` is the name of its class, empty where it is unknown."""
+    shown = shown_actor(actor).hex()
+    text = f"The actor {shown}{f' ({cls})' if cls else ''} died: {why}"
+    return system_error("ActorDiedError", text if "\n" in why else f"{text}.", shown)
+
+
+def creation_error(actor: bytes, cls: str, inner: bytes) -> bytes:
+    """The payload of what calls to an actor raise whose constructor, or an argument of it, failed with `inner`."""
+    return bytes([CREATION_ERROR]) + msgspec.msgpack.encode([shown_actor(actor).hex(), cls, inner])
+
+
+def describe_creation_error(payload: bytes) -> tuple[str, str, bytes]:
+    """Inverse of `creation_error`: actor id, class name, payload of the error."""
+    actor_id, name, inner = msgspec.msgpack.decode(payload[1:])
+    return actor_id, name, inner
 
 
 def describe_system_error(payload: bytes) -> tuple[str, list[Any]]:

@@ -60,7 +60,8 @@ class ActorHandle:
 
     def __init__(self, ref: ObjectRef[Any], description: ClassDescription) -> None:
         self._ref = ref
-        self._actor_id = ids.task_of(ref.binary())
+        self._actor = ids.task_of(ref.binary())
+        self._actor_id = ids.shown_actor(self._actor)
         self._class = description
 
     @classmethod
@@ -79,10 +80,10 @@ class ActorHandle:
         return sorted({*super().__dir__(), *self._class.methods})
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ActorHandle) and other._actor_id == self._actor_id
+        return isinstance(other, ActorHandle) and other._actor == self._actor
 
     def __hash__(self) -> int:
-        return hash(self._actor_id)
+        return hash(self._actor)
 
     def __repr__(self) -> str:
         return f"Actor({self._class.name}, {self._actor_id.hex()})"
@@ -125,7 +126,7 @@ class ActorMethod:
         task = client.new_task_id()
         returns = [ids.object_id(task, index) for index in range(1, self._num_returns + 1)]
         message = m.Call(
-            task, handle._actor_id, self._name, packed.data, packed.dependencies, packed.nested, self._num_returns
+            task, handle._actor, self._name, packed.data, packed.dependencies, packed.nested, self._num_returns
         )
         refs = client.submit(message, returns)
         return refs[0] if self._num_returns == 1 else refs or None

@@ -142,7 +142,7 @@ class Actors:
 
     def on_kill(self, identifier: bytes, *, no_restart: bool) -> None:
         if no_restart:
-            self._end(identifier, drain=False, why="it was killed by hpcray.kill()")
+            self._end(identifier, drain=False, why="it was ended by hpcray.kill()")
         elif (record := self.records.get(identifier)) is not None and record.state == ALIVE:
             self._out.send(record.rank, m.StopActor(identifier, drain=False))
 
@@ -153,8 +153,7 @@ class Actors:
         record.is_wanted_dead = True
         if record.state == PENDING:
             self._pending.pop(identifier, None)
-            text = f"Actor {identifier.hex()} died: {why}."
-            self._die(record, payload.system_error("ActorDiedError", text, identifier.hex()))
+            self._die(record, payload.actor_died(identifier, self._template(record.template).name, why))
         elif record.state == ALIVE or not drain:
             # Sent while it is starting, this may arrive before the actor does: `_announce` repeats it.
             self._out.send(record.rank, m.StopActor(identifier, drain))

@@ -80,7 +80,10 @@ class GcsCore:
 
     def end_turn(self, now: float) -> None:
         """Make the grants and placements that this turn's news allow."""
-        self.actors.place()
+        if self.actors.is_waiting_for_room:
+            self.actors.place()
+        if not self.scheduler.has_demands:
+            return
         for home, grant in self.scheduler.grants():
             self._out.send(home, grant)
 

@@ -74,6 +74,11 @@ class Scheduler:
             if not homes:
                 del self._demands[message.template]
 
+    @property
+    def has_demands(self) -> bool:
+        """Whether tasks wait for a grant."""
+        return bool(self._demands)
+
     def grants(self) -> list[tuple[int, m.Grant]]:
         """What can be granted now, as (home, grant); demands shrink by it. Homes take turns, nodes fill evenly."""
         granted: list[tuple[int, m.Grant]] = []

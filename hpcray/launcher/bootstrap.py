@@ -417,7 +417,7 @@ def _failing_cleanly(launch: Launch, forks: ForkServer) -> Iterator[None]:
         if not launch.rank:
             print(f"hpcray: {error}", file=sys.stderr, flush=True)
         _finalize_mpi()
-        _exit(2)
+        _exit_after_mpi(2)
     except Exception:
         traceback.print_exc()
         forks.close()
@@ -441,16 +441,28 @@ def _leave(rank: Rank, traces: JobTraces, code: int) -> NoReturn:
     if rank.world is not None:
         if rank.is_clean:
             _finalize_mpi()
-        else:
-            remove_mpi_leftovers(traces)
+            _exit_after_mpi(code)
+        remove_mpi_leftovers(traces)
     _exit(code)
 
 
+def _exit_after_mpi(code: int) -> NoReturn:
+    # MPICH takes its leave of hydra in an atexit handler of C. Without it hydra takes each rank for crashed: it kills
+    # the others, and the job's exit code is 9 or, as often, the first leaver's.
+    _flush()
+    ctypes.CDLL(None).exit(code)
+    raise AssertionError("exit() returned")
+
+
 def _exit(code: int) -> NoReturn:
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(code)
 
 
 # ------------------------------------------------------------------------------------------- mpirun python script.py, init()
@@ -501,7 +513,7 @@ def join_in_thread(options: JobOptions) -> Connection:
     if MPI.COMM_WORLD.Get_rank() != 0:
         code = serve_world(options)
         MPI.Finalize()
-        _exit(code)
+        _exit_after_mpi(code)
     connection = serve_in_thread(options)
     _learn_exit_code()
     return connection

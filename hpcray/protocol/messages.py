@@ -374,6 +374,12 @@ class Exit(Message, tag=52):
     """The worker is not needed any more: it ends when it has read this."""
 
 
+class Exists(Message, tag=53):
+    """These returns of the driver's tasks exist and are large; small ones come unasked as `InlineObject`."""
+
+    ids: list[bytes]
+
+
 # -------------------------------------------------------------------------------------------------------- raylet → raylet
 class Execute(Message, tag=70):
     """Home → executor, for a task that the GCS granted. Answered by `Finished` or `Crashed`."""
@@ -667,7 +673,7 @@ ClientMessage: TypeAlias = (
 )  # fmt: skip
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed
-    | MapArena | Answer | LogLines | Exit
+    | MapArena | Answer | LogLines | Exit | Exists
 )  # fmt: skip
 PeerMessage: TypeAlias = (
     Define | DefineTemplate | Execute | ExecuteCall | Finished | Crashed | Locate | Located | Borrow | Borrowed | Unborrow

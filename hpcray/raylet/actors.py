@@ -22,6 +22,7 @@ class HostOut(Protocol):
     """The only way out of the hosting side."""
 
     def to_gcs(self, message: m.PeerMessage) -> None: ...
+    def template(self, identifier: bytes) -> m.Template: ...
     def run(self, worker: Worker, work: Work, values: list[m.Value]) -> None: ...
     def could_not_run(self, work: Work, error: bytes) -> None: ...
     def kill_worker(self, worker: Worker) -> None: ...
@@ -31,7 +32,7 @@ class HostOut(Protocol):
 class HostedActor:
     """One incarnation of an actor here."""
 
-    __slots__ = ("home", "id", "incarnation", "init_error", "is_alive", "is_wanted_dead", "queues", "template", "worker")
+    __slots__ = ("home", "id", "incarnation", "init_error", "is_alive", "queues", "template", "wanted_end", "worker")
 
     def __init__(self, identifier: bytes, incarnation: int, template: bytes) -> None:
         self.id = identifier
@@ -39,7 +40,8 @@ class HostedActor:
         self.template = template
         self.worker: Worker | None = None
         self.is_alive = False
-        self.is_wanted_dead = False
+        self.wanted_end = ""
+        """Why it was asked to end, if it was."""
         self.init_error: bytes | None = None
         self.queues: dict[tuple[int, bytes], deque[Work]] = {}
         """Per caller, calls that wait for their arguments to arrive, and those behind them."""
@@ -99,7 +101,7 @@ class HostedActors:
         )
         actor = self.actors.get(message.actor)
         if actor is None or not actor.is_alive or actor.incarnation != message.incarnation:
-            error = self._epitaphs.get(message.actor) or _died(message.actor, "it is no longer on this rank")
+            error = self._epitaphs.get(message.actor) or payload.actor_died(message.actor, "", "it is gone")
             self._out.could_not_run(work, error)
             return
         caller = (home, prefix_of(message.task))
@@ -143,7 +145,7 @@ class HostedActors:
         actor = self.actors.get(identifier)
         if actor is None:
             return
-        actor.is_wanted_dead = True
+        actor.wanted_end = "its last handle went out of scope" if drain else "it was ended by hpcray.kill()"
         if actor.worker is None:
             # Still being created: it ends as soon as its worker is known to run it.
             self._end_unborn(actor)
@@ -161,7 +163,7 @@ class HostedActors:
             if work.actor == actor.id and queue is not None:
                 queue.remove(work)
                 self._pool.release_arguments(work)
-        self._bury(actor, _died(actor.id, "it was ended before it had started"))
+        self._bury(actor, self._died(actor, f"{actor.wanted_end} before it had started"))
 
     def on_worker_gone(self, identifier: bytes, lost: list[Work], why: str) -> None:
         """The actor's worker ended, with these calls unanswered."""
@@ -170,10 +172,8 @@ class HostedActors:
             return
         if actor.init_error is not None:
             error = actor.init_error
-        elif actor.is_wanted_dead:
-            error = _died(identifier, "it was killed by hpcray.kill() or its last handle went out of scope")
         else:
-            error = _died(identifier, why)
+            error = self._died(actor, actor.wanted_end or why)
         for work in lost:
             if work.method:
                 self._out.could_not_run(work, error)
@@ -182,7 +182,10 @@ class HostedActors:
     def could_not_start(self, work: Work, error: bytes) -> None:
         """An argument of the creation could not be had."""
         if (actor := self.actors.get(work.actor)) is not None:
-            self._bury(actor, error)
+            cls = self._out.template(actor.template).name
+            inner = payload.dependency_error(f"{cls}.__init__", error)
+            actor.init_error = payload.creation_error(actor.id, cls, inner)
+            self._bury(actor, actor.init_error)
 
     def _bury(self, actor: HostedActor, error: bytes) -> None:
         del self.actors[actor.id]
@@ -194,11 +197,10 @@ class HostedActors:
                     self._pool.release_arguments(work)
                     self._out.could_not_run(work, error)
         # Calls whose arguments are on their way are answered when these arrive, by `_give`.
-        if actor.init_error is not None or not actor.is_wanted_dead and actor.worker is None:
+        if actor.init_error is not None or (not actor.wanted_end and actor.worker is None):
             self._out.to_gcs(m.ActorStarted(actor.id, actor.incarnation, error))
         else:
-            self._out.to_gcs(m.ActorEnded(actor.id, actor.incarnation, error, actor.is_wanted_dead))
+            self._out.to_gcs(m.ActorEnded(actor.id, actor.incarnation, error, bool(actor.wanted_end)))
 
-
-def _died(identifier: bytes, why: str) -> bytes:
-    return payload.system_error("ActorDiedError", f"Actor {identifier.hex()} died: {why}.", identifier.hex())
+    def _died(self, actor: HostedActor, why: str) -> bytes:
+        return payload.actor_died(actor.id, self._out.template(actor.template).name, why)

@@ -92,7 +92,8 @@ class Calls:
     def _register(self, message: m.CreateActor) -> None:
         self._out.push_definitions(0, message.template)
         if (error := dependency_error(self._table, message.dependencies)) is not None:
-            reason = payload.dependency_error(f"{self._out.template(message.template).name}.__init__", error)
+            cls = self._out.template(message.template).name
+            reason = payload.creation_error(message.actor, cls, payload.dependency_error(f"{cls}.__init__", error))
             self.on_changed(m.ActorChanged(message.actor, "dead", -1, 0, reason))
             return
         self._out.warn_if_infeasible(self._out.template(message.template))

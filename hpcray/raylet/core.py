@@ -15,6 +15,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from hpcray import payload
@@ -30,6 +31,9 @@ from hpcray.raylet.tasks import Tasks
 from hpcray.resources import Shape, as_floats
 from hpcray.store.allocator import Allocator
 from hpcray.store.table import HERE, INLINE, MAPPED, Block, Entry, ObjectTable
+
+LOAD_DELAY = 0.01
+"""Seconds by which the GCS may hear late that a raylet has less room than it said."""
 
 
 class RayletOut(Protocol):
@@ -121,6 +125,8 @@ class RayletCore:
         self._loopback: list[tuple[bool, m.PeerMessage]] = []
         """Messages of this rank to itself, with whether they are for the GCS; handled before the turn ends."""
         self._reported: m.Load | None = None
+        self.report_due: float | None = None
+        """When a report that could wait has to be made: `end_turn` is to be called then."""
         self._granted_classes: dict[bytes, int] = {}
         self._warned: set[bytes] = set()
         self.gcs: GcsHere | None = None
@@ -437,18 +443,31 @@ class RayletCore:
     # -------------------------------------------------------------------------------------------------- tasks, calls
     def _on_submit(self, client: Client, message: m.Submit) -> None:
         self.tasks.on_submit(message)
-        template = self.templates[message.template]
-        for index in range(1, template.num_returns + 1):
-            client.held.add(object_id(message.task, index))
+        self._hold_returns(client, message.task, self.templates[message.template].num_returns)
+
+    def _hold_returns(self, client: Client, task: bytes, count: int) -> None:
+        for index in range(1, count + 1):
+            identifier = object_id(task, index)
+            client.held.add(identifier)
+            # A driver gets its results as they come: it need not ask, and its reader thread takes them in.
+            if client.is_driver and self.table.when_exists(identifier, partial(self._push, client, identifier)):
+                self._push(client, identifier)
+
+    def _push(self, client: Client, identifier: bytes) -> None:
+        if identifier in client.held:
+            entry = self.table.entries[identifier]
+            if entry.state == INLINE:
+                self._out.to_client(client, m.InlineObject(identifier, entry.data))
+            else:
+                self._out.to_client(client, m.Exists([identifier]))
 
     def _on_create_actor(self, client: Client, message: m.CreateActor) -> None:
         client.held.add(object_id(message.actor, 0))
         self.calls.on_create(message)
 
     def _on_call(self, client: Client, message: m.Call) -> None:
-        for index in range(1, message.num_returns + 1):
-            client.held.add(object_id(message.task, index))
         self.calls.on_call(message)
+        self._hold_returns(client, message.task, message.num_returns)
 
     def _on_kill(self, client: Client, message: m.Kill) -> None:
         self.to_gcs(m.KillActor(message.actor, message.no_restart))
@@ -608,11 +627,15 @@ class RayletCore:
     def end_turn(self, now: float) -> None:
         """Place, dispatch and report what this turn changed, until nothing is left to do inside this rank."""
         self.now = now
-        self.table.expire(now)
+        table, tasks, pool = self.table, self.tasks, self.pool
+        if table.is_waiting_for_room:
+            table.expire(now)
         while True:
-            self.tasks.place()
-            self.pool.dispatch(now)
-            if self.pool.end_idle_leases() and (self.pool.ready or self.tasks.queues):
+            if tasks.has_work:
+                tasks.place()
+            if pool.ready:
+                pool.dispatch(now)
+            if pool.end_idle_leases() and (pool.ready or tasks.queues):
                 continue  # what they held may be just what others wait for
             self._report_load()
             if self.gcs is not None:
@@ -644,13 +667,23 @@ class RayletCore:
         if self.is_alone and not self.gcs_wants_load:
             return  # there is nobody whose tasks could be sent here
         load = self._load()
-        if load == self._reported:
+        reported = self._reported
+        if load == reported:
+            self.report_due = None
             return
-        self._reported = load
         if self.gcs is not None:
+            self._reported = load
             self.gcs.on_message(self.rank, load)
-        else:
-            self._out.send(0, load)
+            return
+        if reported is not None and not _offers_more(load, reported):
+            # That there is less can wait: the GCS counts what it grants itself. It saves a frame per task.
+            if self.report_due is None:
+                self.report_due = self.now + LOAD_DELAY
+            if self.now < self.report_due:
+                return
+        self.report_due = None
+        self._reported = load
+        self._out.send(0, load)
 
     def check(self) -> None:
         """Raise InternalError if any part disagrees with another. Slow: tests and HPCRAY_CHECK=1."""
@@ -663,6 +696,15 @@ class RayletCore:
             entry = self.table.entries.get(identifier)
             if entry is None or entry.holds < count:
                 raise InternalError(f"rank {self.rank}: {count} clients hold {identifier.hex()}, which the table disputes")
+
+
+def _offers_more(load: m.Load, reported: m.Load) -> bool:
+    return (
+        load.arrived != reported.arrived
+        and load.room == reported.room
+        or any(room > reported.room.get(template, 0) for template, room in load.room.items())
+        or any(amount > reported.available.get(name, 0) for name, amount in load.available.items())
+    )
 
 
 def _crash_text(name: str, why: str) -> str:

@@ -99,7 +99,9 @@ class RankServer:
         self._jobs = 0
         self._listener: socket.socket | None = None
         self._prefaulted = 0
-        self._expiry_timer: float | None = None
+        self._has_news = True
+        """Whether something happened in this turn that the core may act on."""
+        self._due: set[float] = set()
         self._logs = LogFiles(log_dir, nodes[rank].host, rank) if log_dir else None
         self.core = RayletCore(
             rank,
@@ -159,9 +161,14 @@ class RankServer:
             self._logs.close()
 
     def _end_turn(self) -> None:
-        self.core.end_turn(self.loop.now)
-        if self._config.check:
-            self.core.check()
+        core = self.core
+        if self._has_news:
+            self._has_news = False
+            core.end_turn(self.loop.now)
+            if self._config.check:
+                core.check()
+            self._set_timer(core.table.next_expiry)
+            self._set_timer(core.report_due)
         for channel in self._dirty:
             channel.flush()
         self._dirty.clear()
@@ -169,11 +176,16 @@ class RankServer:
         if transport is not None and self._outboxes:
             for rank in [rank for rank in self._outboxes if transport.can_send(rank)]:
                 transport.send(rank, encode(self._outboxes.pop(rank)))
-        expiry = self.core.table.next_expiry
-        if expiry is not None and expiry != self._expiry_timer:
-            self._expiry_timer = expiry
-            # The turn that this timer makes calls `end_turn`, which looks at the time.
-            self.loop.call_at(expiry, lambda: None)
+
+    def _set_timer(self, due: float | None) -> None:
+        """Have the core look at the time then."""
+        if due is not None and due not in self._due:
+            self._due.add(due)
+            self.loop.call_at(due, lambda: self._on_due(due))
+
+    def _on_due(self, due: float) -> None:
+        self._due.discard(due)
+        self._has_news = True
 
     def _prefault(self) -> None:
         try:
@@ -215,11 +227,18 @@ class RankServer:
 
     def receive(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
         assert self.transport is not None
-        self.transport.receive_into(rank, tag, self._view(block), done)
+        self.transport.receive_into(rank, tag, self._view(block), self._telling(done))
 
     def serve(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
         assert self.transport is not None
-        self.transport.send_from(rank, tag, self._view(block), done)
+        self.transport.send_from(rank, tag, self._view(block), self._telling(done))
+
+    def _telling(self, done: Callable[[str | None], None]) -> Callable[[str | None], None]:
+        def told(error: str | None) -> None:
+            self._has_news = True
+            done(error)
+
+        return told
 
     def pull_failed(self, rank: int, tag: int) -> None:
         assert self.transport is not None
@@ -246,6 +265,7 @@ class RankServer:
     # ------------------------------------------------------------------------------------------------------------ peers
     def on_frame(self, source: int, frame: bytes) -> None:
         """A batch of messages from another rank."""
+        self._has_news = True
         core, gcs = self.core, self.gcs
         for message in decode_from_peer(frame):
             if isinstance(message, m.LogLines):
@@ -261,9 +281,11 @@ class RankServer:
     # ---------------------------------------------------------------------------------------------------------- workers
     def on_message(self, client: Client, message: m.ClientMessage) -> None:
         """A worker's message."""
+        self._has_news = True
         self.core.on_client_message(client, message)
 
     def on_worker_gone(self, client: Client, why: str) -> None:
+        self._has_news = True
         self._channels.pop(client.number, None)
         self.core.on_client_gone(client, why)
 
@@ -343,6 +365,7 @@ class RankServer:
             self._primary = client.number
 
     def _on_driver_message(self, client: Client, message: m.ClientMessage) -> None:
+        self._has_news = True
         if isinstance(message, m.RegisterDriver):
             self._register(client, message)
         elif isinstance(message, m.StopJob):
@@ -383,6 +406,7 @@ class RankServer:
             self.end_job(0)
 
     def _drop_driver(self, channel: Channel) -> None:
+        self._has_news = True
         channel.close()
         client = channel.client
         self._channels.pop(client.number, None)

@@ -104,6 +104,11 @@ class Tasks:
         queue.append(task)
 
     # --------------------------------------------------------------------------------------------------------- placing
+    @property
+    def has_work(self) -> bool:
+        """Whether `place` has something to do."""
+        return bool(self.queues or self._asked)
+
     def place(self) -> None:
         """Hand queued tasks to the pool while it has room; tell the GCS of the rest. Once per loop turn."""
         here = self._out.rank

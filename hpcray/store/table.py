@@ -560,7 +560,7 @@ class ObjectTable:
     @property
     def next_expiry(self) -> float | None:
         """When `expire` should be called, if a creator waits."""
-        return min((waiting[1] for waiting in self._unmade), default=None)
+        return min((waiting[1] for waiting in self._unmade), default=None) if self._unmade else None
 
     def _make(self, identifier: bytes, size: int) -> Block | None:
         while (offset := self._allocator.allocate(size)) is None:

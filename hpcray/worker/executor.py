@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 
-from hpcray import runtime_context
+from hpcray import payload, runtime_context
 from hpcray.client import Client
 from hpcray.exceptions import RayError, RayTaskError, TaskCancelledError
-from hpcray.ids import object_id
+from hpcray.ids import object_id, shown_actor
 from hpcray.launcher.environment import thread_limits
 from hpcray.protocol import messages as m
 from hpcray.resources import UNIT
@@ -36,6 +36,7 @@ class Executor:
         self._actor_template: m.Template | None = None
         self._returned: list[Serialized] = []
         self._threads: float | None = None
+        self._announced = ""
 
     def run(self, work: m.Run) -> None:
         """Run one piece of work and report it; user errors are results, never exceptions here."""
@@ -43,11 +44,11 @@ class Executor:
             template = self._actor_template
             assert template is not None
             name = f"{template.name}.{work.method}"
-            output.announce(template.name)
+            self._announce(template.name)
         else:
             template = self._client.templates[work.template]
             name = template.name
-            output.announce(name)
+            self._announce(name)
         if work.actor and not work.method:
             self._create_actor(work, template)
             return
@@ -67,13 +68,18 @@ class Executor:
                 raise
             failed = True
             retry = _is_retried(template, error)
-            data = self._describe(name, error)
+            data = self._describe(name, error, work.actor)
             results = [m.InlineResult(data, []) for _ in range(self._count(work, template))]
         runtime_context.leave()
         _flush_output()
         self._client.send(m.TaskDone(work.task, results, failed, retry, perf_counter() - start))
         # Only now may references in the results die: their release must not overtake the reply.
         self._returned.clear()
+
+    def _announce(self, name: str) -> None:
+        if name != self._announced:
+            self._announced = name
+            output.announce(name)
 
     @staticmethod
     def _count(work: m.Run, template: m.Template) -> int:
@@ -91,17 +97,11 @@ class Executor:
         except BaseException as raised:
             if isinstance(raised, SystemExit):
                 raise
-            error = self._describe_creation(work.actor, template, raised)
+            inner = self._describe(f"{template.name}.__init__", raised)
+            error = payload.creation_error(work.actor, template.name, inner)
         runtime_context.leave()
         _flush_output()
         self._client.send(m.ActorReady(work.actor, error))
-
-    def _describe_creation(self, actor: bytes, template: m.Template, error: BaseException) -> bytes:
-        from hpcray import payload
-
-        text = "".join(_user_traceback(error))
-        reason = f"Actor {actor.hex()} ({template.name}) died: its __init__ raised:\n{text.rstrip()}"
-        return payload.system_error("ActorDiedError", reason, actor.hex())
 
     def _function(self, template: m.Template) -> Callable[..., Any]:
         function = self._functions.get(template.function)
@@ -165,14 +165,15 @@ class Executor:
         self._client.write_to_arena(object_id(work.task, index), serialized)
         return m.StoredResult(serialized.size, serialized.nested)
 
-    def _describe(self, name: str, error: BaseException) -> bytes:
+    def _describe(self, name: str, error: BaseException, actor: bytes = b"") -> bytes:
         text = "".join(_user_traceback(error))
         cause: BaseException = error
-        if isinstance(error, RayTaskError) and error.cause is not None:
+        if isinstance(error, RayTaskError):
             cause = error.cause
         elif isinstance(error, KeyboardInterrupt):
             cause = TaskCancelledError()
-        return dump_error(name, text, cause, os.getpid(), self._client.host)
+        shown = (shown_actor(actor).hex(), _safe_repr(self._actor)) if actor else (None, None)
+        return dump_error(RayTaskError(name, text, cause, os.getpid(), self._client.host, *shown))
 
 
 def _is_retried(template: m.Template, error: BaseException) -> bool:
@@ -188,6 +189,13 @@ def _user_traceback(error: BaseException) -> list[str]:
     while frames is not None and frames.tb_frame.f_code.co_filename.startswith(here):
         frames = frames.tb_next
     return traceback.format_exception(type(error), error, frames)
+
+
+def _safe_repr(value: Any) -> str:
+    try:
+        return f"{value!r:.200}"
+    except Exception:  # noqa: BLE001 - an error in the user's __repr__ must not hide the error to be shown
+        return object.__repr__(value)
 
 
 def _finish(coroutine: Any) -> Any:

@@ -13,7 +13,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hpcray import payload
-from hpcray.exceptions import RaySystemError, RayTaskError, UnserializableException, from_description
+from hpcray.exceptions import (
+    ActorDiedError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    UnserializableException,
+    from_description,
+)
 
 if TYPE_CHECKING:
     from hpcray.object_ref import ObjectRef
@@ -133,35 +140,43 @@ def deserialize(data: memoryview | bytes) -> Any:
 
 def load_error(data: bytes) -> Exception:
     """The exception of an error's payload."""
-    if data[0] == payload.SYSTEM_ERROR:
+    kind = data[0]
+    if kind == payload.TASK_ERROR:
+        return _load_task_error(data)
+    if kind == payload.SYSTEM_ERROR:
         return from_description(*payload.describe_system_error(data))
-    if data[0] == payload.DEPENDENCY_ERROR:
+    if kind == payload.DEPENDENCY_ERROR:
         name, inner = payload.describe_dependency_error(data)
         error = load_error(inner)
         if not isinstance(error, RayTaskError):
             return error
-        text = f"an argument of {name} could not be computed:\n{error.function_name} raised:\n{error.traceback_str}"
-        return RayTaskError(name, text, error.cause, error.pid, error.host).as_instanceof_cause()
-    if data[0] != payload.TASK_ERROR:
-        return RaySystemError(f"an object's payload is damaged: unknown kind {data[0]}")
-    function_name, traceback_text, cause, pid, host = pickle.loads(data[1:])
-    if cause is not None:
-        try:
-            cause = pickle.loads(cause)
-        except Exception as error:
-            return UnserializableException(
-                f"{function_name} raised an exception that cannot be unpickled here ({error!r}); there it was:\n"
-                f"{traceback_text}"
-            )
-    return RayTaskError(function_name, traceback_text, cause, pid, host).as_instanceof_cause()
+        text = f"did not run, since an argument could not be computed:\n{error}"
+        return RayTaskError(name, text, error.cause, 0, "").as_instanceof_cause()
+    if kind == payload.CREATION_ERROR:
+        actor_id, name, inner = payload.describe_creation_error(data)
+        text = f"The actor {actor_id} ({name}) died in its creation:\n{load_error(inner)}"
+        return ActorDiedError(text, actor_id, actor_init_failed=True)
+    return RaySystemError(f"an object's payload is damaged: unknown kind {kind}")
 
 
-def dump_error(function_name: str, traceback_text: str, cause: BaseException | None, pid: int, host: str) -> bytes:
-    """The payload of a task's exception; a cause that cannot be pickled travels as text alone."""
-    pickled: bytes | None = None
-    if cause is not None:
-        try:
-            pickled, _ = pickle_value(cause)
-        except Exception:
-            pickled = None
-    return bytes([payload.TASK_ERROR]) + pickle.dumps((function_name, traceback_text, pickled, pid, host), 5)
+def _load_task_error(data: bytes) -> Exception:
+    function_name, traceback_text, pickled_cause, *where = pickle.loads(data[1:])
+    try:
+        cause = pickle.loads(pickled_cause)
+    except Exception as error:  # noqa: BLE001 - unpickling runs code of the user's
+        return UnserializableException(
+            f"{function_name} raised an exception that cannot be unpickled here ({error!r}): see that its class can be "
+            f"made of its own `args`, or give it a `__reduce__`. There it was:\n{traceback_text}"
+        )
+    return RayTaskError(function_name, traceback_text, cause, *where).as_instanceof_cause()
+
+
+def dump_error(error: RayTaskError) -> bytes:
+    """The payload of a task's exception; a cause that cannot be pickled travels as text."""
+    try:
+        cause, _ = pickle_value(error.cause)
+    except Exception as reason:  # noqa: BLE001 - pickling runs code of the user's
+        text = f"{type(error.cause).__qualname__}, which could not be pickled ({reason}); see the traceback"
+        cause, _ = pickle_value(RayError(text))
+    fields = (error.function_name, error.traceback_str, cause, error.pid, error.ip, error.actor_id, error.actor_repr)
+    return bytes([payload.TASK_ERROR]) + pickle.dumps(fields, 5)

@@ -1,0 +1,30 @@
+"""All examples, in one rank and in four."""
+
+from pathlib import Path
+
+import pytest
+
+from .conftest import REPOSITORY
+
+EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
+
+
+def needs(example: Path) -> str:
+    return "sklearn" if "sklearn" in example.read_text() else "numpy"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_in_one_rank(example, python, starter):
+    starter.skip_without(needs(example), python)
+    finished = starter.run([python, "-m", "hpcray", "run", str(example)], python=python, timeout=120)
+    assert finished.code == 0, str(finished)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_in_four_ranks(example, mpi, starter):
+    starter.skip_without(needs(example), mpi.python)
+    argv = [mpi.python, "-m", "hpcray", "run", "-n", "4", str(example)]
+    finished = starter.run(argv, python=mpi.python, timeout=120)
+    assert finished.code == 0, str(finished)
+    assert "hpcray 0" in finished.err
+    assert "4 ranks on 1 host" in finished.err
