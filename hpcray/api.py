@@ -19,13 +19,13 @@ from hpcray import config as configuration
 from hpcray.actors.actor_class import ActorClass
 from hpcray.actors.handle import ActorHandle
 from hpcray.client import Client, current_client, require_client, set_client
+from hpcray.exceptions import RaySystemError
 from hpcray.object_ref import ObjectRef
 from hpcray.observe.logs import LogFolder
 from hpcray.options import check_actor_options, check_task_options
 from hpcray.protocol import messages as m
 from hpcray.remote_function import RemoteFunction
 from hpcray.worker.inspection import explain
-
 from hpcray.worker.serialization import serialize
 
 _IGNORED_BY_INIT = frozenset(
@@ -159,16 +159,23 @@ def _check_init(
         if isinstance(amount, bool) or not isinstance(amount, (int, float)):
             raise TypeError(f"{name} must be a number, not {amount!r}")
         if amount < 0 or amount != int(amount):
-            raise ValueError(f"{name} must be a whole number, nonnegative, not {amount!r}")
+            resource = name.removeprefix("num_")[:-1].upper()
+            raise ValueError(f"{name} (the resource {resource}) must be a whole number, nonnegative, not {amount!r}")
+    if resources is not None and not isinstance(resources, Mapping):
+        raise TypeError(f"resources must map names to numbers, not be {resources!r}")
     for name, amount in (resources or {}).items():
         if name in ("CPU", "GPU"):
             raise ValueError(f"use num_{name.lower()}s= instead of {name!r} in resources")
         if not isinstance(amount, (int, float)) or amount < 0:
             raise ValueError(f"the amount of resource {name!r} must be nonnegative, not {amount!r}")
     if object_store_memory is not None and object_store_memory < MINIMUM_STORE:
-        raise ValueError(f"object_store_memory must be at least {MINIMUM_STORE} bytes, not {object_store_memory}")
+        raise ValueError(
+            f"object_store_memory={object_store_memory} is too small: the store needs at least {MINIMUM_STORE} bytes"
+        )
     if namespace is not None and not isinstance(namespace, str):
         raise TypeError(f"namespace must be a string, not {namespace!r}")
+    if namespace == "":
+        raise ValueError("namespace must not be the empty string: leave it out for a namespace of this driver's own")
 
 
 class _LogPrinter:
@@ -384,7 +391,7 @@ def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
         ValueError: Not an actor handle.
     """
     if not isinstance(actor, ActorHandle):
-        raise ValueError(f"kill() ends actors, not {type(actor)}")
+        raise ValueError(f"kill() ends actors, not {type(actor)}: for tasks, try hpcray.cancel()")
     require_client().send(m.Kill(actor._actor, no_restart))
 
 
@@ -404,21 +411,32 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
     return ActorHandle.adopt(actor, description)
 
 
+def _present_client() -> Client:
+    client = current_client()
+    if client is None:
+        raise RaySystemError("hpcray has not been started yet: call hpcray.init() first")
+    return client
+
+
 def nodes() -> list[dict[str, Any]]:
-    """All nodes (ranks) of the job, with Ray's keys."""
-    answer: list[dict[str, Any]] = require_client().query("nodes", None)
+    """All nodes (ranks) of the job, with Ray's keys.
+
+    Raises:
+        RaySystemError: There is no job; asking starts none.
+    """
+    answer: list[dict[str, Any]] = _present_client().query("nodes", None)
     return answer
 
 
 def cluster_resources() -> dict[str, float]:
-    """All resources of the job."""
-    answer: dict[str, float] = require_client().query("cluster_resources", None)
+    """All resources of the job; raises as `nodes`."""
+    answer: dict[str, float] = _present_client().query("cluster_resources", None)
     return answer
 
 
 def available_resources() -> dict[str, float]:
-    """What of the job's resources is free; a little late, and without what is used up."""
-    answer: dict[str, float] = require_client().query("available_resources", None)
+    """What of the job's resources is free; a little late, and without what is used up; raises as `nodes`."""
+    answer: dict[str, float] = _present_client().query("available_resources", None)
     return answer
 
 

@@ -385,11 +385,11 @@ class Client:
             # Its last view died, in another thread, between our fetch and now.
             self.fetch([identifier], None)
 
-    def load_argument(self, identifier: bytes, value: m.Value) -> Any:
+    def load_argument(self, value: m.Value) -> Any:
         """The value of a task's argument; arrays in an arena are views that keep its memory pinned."""
         if isinstance(value, m.InlineValue):
             return deserialize(value.data)
-        stored = _Stored(identifier, value)
+        stored = _Stored(value.id, value)
         stored.views = 1
         return self._load_view(stored)
 

@@ -19,7 +19,7 @@ _COMMON: dict[str, tuple[type, ...]] = {
     "memory": _NUMBER,
     "resources": (dict,),
     "name": (str,),
-    "scheduling_strategy": (str, object),
+    "scheduling_strategy": (object,),
 }
 _OF_TASKS: dict[str, tuple[type, ...]] = {
     **_COMMON,
@@ -49,7 +49,7 @@ def check_task_options(options: Mapping[str, Any]) -> None:
     if (retry := options.get("retry_exceptions")) and not isinstance(retry, bool):
         for cls in retry:
             if not (isinstance(cls, type) and issubclass(cls, BaseException)):
-                raise TypeError(f"retry_exceptions must list exception classes, not {cls!r}")
+                raise ValueError(f"retry_exceptions must list exception classes, not {cls!r}")
 
 
 def check_actor_options(options: Mapping[str, Any]) -> None:
@@ -73,6 +73,7 @@ def check_method_options(options: Mapping[str, Any]) -> None:
 
 
 def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], kind: str) -> None:
+    value: Any
     for key, value in options.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -88,6 +89,8 @@ def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], ki
             _check_amount(key, value)
         elif key == "resources":
             _check_resources(value)
+        elif key == "scheduling_strategy":
+            _check_strategy(value)
         elif key == "num_returns" and value < 0:
             raise ValueError(f"num_returns must be zero or more, not {value}")
         elif key.startswith("max_") and value < -1:
@@ -117,16 +120,23 @@ def _shape(options: Mapping[str, Any], cpus: float) -> Shape:
     return shape_of(amounts)
 
 
+def _check_strategy(strategy: Any) -> None:
+    if isinstance(strategy, str):
+        if strategy not in ("DEFAULT", "SPREAD"):
+            raise ValueError(f"scheduling_strategy must be 'DEFAULT' or 'SPREAD', not {strategy!r}")
+    elif not hasattr(strategy, "node_id"):
+        raise TypeError(
+            f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a NodeAffinitySchedulingStrategy, not {strategy!r}"
+        )
+
+
 def _strategy(options: Mapping[str, Any]) -> dict[str, Any]:
-    strategy = options.get("scheduling_strategy")
+    strategy: Any = options.get("scheduling_strategy")
     if strategy in (None, "DEFAULT"):
         return {}
     if strategy == "SPREAD":
         return {"spread": True}
-    node, soft = getattr(strategy, "node_id", None), getattr(strategy, "soft", False)
-    if node is None:
-        raise ValueError(f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a NodeAffinity strategy, not {strategy!r}")
-    return {"node": ids.rank_of_node(node), "node_is_soft": bool(soft)}
+    return {"node": ids.rank_of_node(strategy.node_id), "node_is_soft": bool(getattr(strategy, "soft", False))}
 
 
 def _retry_exceptions(value: Any) -> bytes | None:
@@ -166,6 +176,7 @@ def actor_template(job: bytes, cls: bytes, name: str, options: Mapping[str, Any]
             max_restarts=options.get("max_restarts") or 0,
             max_task_retries=options.get("max_task_retries") or 0,
             placement=placement,
+            name=options.get("name") or "",
         ),
         **_strategy(options),
     )

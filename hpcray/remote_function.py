@@ -46,6 +46,11 @@ class RemoteFunction:
     ) -> None:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise NotImplementedError(f"{function.__qualname__}: generator tasks are not supported yet")
+        if inspect.iscoroutinefunction(function):
+            raise ValueError(
+                f"{function.__qualname__} is an async def, which cannot be a remote function: wrap it in a plain one that "
+                "calls asyncio.run(), or make it a method of an actor"
+            )
         self._function = function
         self._options = dict(options)
         self._name = function.__qualname__

@@ -18,7 +18,13 @@ class _Running:
     work: m.Run
     template: m.Template
     name: str
-    actor: Any
+
+
+@dataclass(frozen=True)
+class _Actor:
+    id: bytes
+    cls: type
+    template: m.Template
 
 
 class _State(threading.local):
@@ -26,20 +32,23 @@ class _State(threading.local):
 
 
 _state = _State()
-_actor: tuple[bytes, m.Template] | None = None
+_actor: _Actor | None = None
 
 
-def enter(work: m.Run, template: m.Template, name: str, actor: Any) -> None:
+def enter(work: m.Run, template: m.Template, name: str) -> None:
     """The worker begins a task or call."""
-    global _actor
-    _state.running = _Running(work, template, name, actor)
-    if work.actor:
-        _actor = (work.actor, template)
+    _state.running = _Running(work, template, name)
 
 
 def leave() -> None:
     """The worker's task or call is over."""
     _state.running = None
+
+
+def become_actor(identifier: bytes, cls: type, template: m.Template) -> None:
+    """From now on this worker is an actor."""
+    global _actor
+    _actor = _Actor(identifier, cls, template)
 
 
 class RuntimeContext:
@@ -74,11 +83,11 @@ class RuntimeContext:
 
     def get_actor_id(self) -> str | None:
         """The id of the actor that this process is; None elsewhere."""
-        return _actor[0].hex() if _actor else None
+        return ids.shown_actor(_actor.id).hex() if _actor else None
 
     def get_actor_name(self) -> str | None:
         """The name that the actor was created under; empty without one, None outside actors."""
-        return _actor_name if _actor else None
+        return _actor.template.actor.name if _actor and _actor.template.actor else None
 
     def get_assigned_resources(self) -> dict[str, float]:
         """What the running task or actor holds.
@@ -86,7 +95,8 @@ class RuntimeContext:
         Raises:
             RuntimeError: In a driver, which holds nothing.
         """
-        running = _state.running
+        # Threads that an actor starts run no call of their own, and hold what the actor does.
+        running = _state.running or _actor
         if running is None:
             raise RuntimeError("a driver holds no resources: call get_assigned_resources() in a task or actor")
         return as_floats(running.template.resources)
@@ -123,11 +133,11 @@ class RuntimeContext:
         Raises:
             RuntimeError: Not in an actor.
         """
-        if _actor is None or _class is None:
+        if _actor is None:
             raise RuntimeError("current_actor is known in actors only")
-        from hpcray.actors.handle import ActorHandle
+        from hpcray.actors.handle import ActorHandle, ClassDescription
 
-        return ActorHandle.adopt(_actor[0], _class)
+        return ActorHandle.adopt(_actor.id, ClassDescription.of(_actor.cls))
 
     def get(self) -> dict[str, Any]:
         """All ids at once."""
@@ -139,17 +149,6 @@ class RuntimeContext:
             "actor_id": self.get_actor_id(),
         }
         return {name: value for name, value in known.items() if value is not None}
-
-
-_class: Any = None
-_actor_name = ""
-
-
-def set_actor(description: Any, name: str) -> None:
-    """The worker's actor class and name, for `current_actor` and `get_actor_name`."""
-    global _class, _actor_name
-    _class = description
-    _actor_name = name
 
 
 def get_runtime_context() -> RuntimeContext:

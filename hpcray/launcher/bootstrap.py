@@ -143,6 +143,7 @@ class Rank:
             self.is_clean = transport.close()
         if self.doorbell is not None:
             self.loop.remove_reader(self.doorbell.fd)
+            self.loop.remove_reader(self.doorbell.bell)
             self.doorbell.close()
         if self.world is not None and self.is_clean:
             self.world.comm.Free()
@@ -292,19 +293,27 @@ def _connect_ranks(
     transport = MpiTransport(world.comm, doorbell, arena, neighbours, server.on_frame)
     server.attach_transport(transport)
 
+    bells: dict[int, int] = {}
+
     def answer() -> None:
+        # Each peer hands over its bell, then its arena.
         for payload, fd in doorbell.drain():
-            server.add_peer_arena(int.from_bytes(payload, "big"), Arena.attach(fd))
+            rank = int.from_bytes(payload, "big")
+            if rank in bells:
+                server.add_peer_arena(rank, Arena.attach(fd), bells[rank])
+            else:
+                bells[rank] = fd
 
     for name in neighbours.values():
-        _hand_over(doorbell, name, world.rank.to_bytes(4, "big"), arena.fd)
+        for fd in (doorbell.bell, arena.fd):
+            _hand_over(doorbell, name, world.rank.to_bytes(4, "big"), fd)
     deadline = monotonic() + HANDOVER_TIMEOUT
     while len(server.arenas) <= len(neighbours):
         answer()
         if monotonic() > deadline:
             raise LaunchError(f"rank {world.rank}: the other ranks of this host did not hand over their memory in time")
         sleep(0.001)
-    loop.add_reader(doorbell.fd, answer)
+    transport.attach(loop)
 
 
 def _hand_over(doorbell: Doorbell, name: bytes, payload: bytes, fd: int) -> None:

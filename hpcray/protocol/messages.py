@@ -31,6 +31,8 @@ class StoredValue(msgspec.Struct, array_like=True, tag=2, gc=False):
     rank: int
     offset: int
     size: int
+    id: bytes
+    """The object's, under which a worker gives the pin on its argument back."""
 
 
 Value: TypeAlias = InlineValue | StoredValue
@@ -77,6 +79,8 @@ class ActorOptions(msgspec.Struct, array_like=True):
     max_task_retries: int = 0
     placement: dict[str, int] = {}
     """Resources needed to be placed, where they exceed what is held while running (Ray: 1 CPU to place, 0 to run)."""
+    name: str = ""
+    """Of a named actor."""
 
 
 class Template(msgspec.Struct, array_like=True):

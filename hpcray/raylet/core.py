@@ -411,7 +411,7 @@ class RayletCore:
             self._out.send_arena(client, block.rank)
         self.table.pin(block)
         client.pins.setdefault(entry.id, []).append(block)
-        return m.StoredValue(block.rank, block.offset, block.size)
+        return m.StoredValue(block.rank, block.offset, block.size, entry.id)
 
     def _on_stop_getting(self, client: Client, message: m.StopGetting) -> None:
         client.wanted.clear()

@@ -337,6 +337,11 @@ def _work(seat: WorkerSeat, run_worker: Callable[[socket.socket], None]) -> None
         sock = _sit_down(seat)
         run_worker(sock)
         code = 0
+    except SystemExit as ended:  # of a task's; quiet, as the interpreter takes it
+        if ended.code is None or isinstance(ended.code, int):
+            code = ended.code or 0
+        else:
+            print(ended.code, file=sys.stderr)
     except BaseException:  # noqa: BLE001 - the worker ends here, whatever it was
         traceback.print_exc()
     finally:

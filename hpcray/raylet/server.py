@@ -125,11 +125,11 @@ class RankServer:
         """Take part in a job of several ranks."""
         self.transport = transport
 
-    def add_peer_arena(self, rank: int, arena: Arena) -> None:
-        """A rank of this host handed its arena over."""
+    def add_peer_arena(self, rank: int, arena: Arena, bell: int) -> None:
+        """A rank of this host handed its arena and its bell over."""
         self.arenas[rank] = arena
-        if self.transport is not None:
-            self.transport.add_peer_arena(rank, arena)
+        assert self.transport is not None
+        self.transport.add_peer_arena(rank, arena, bell)
 
     def run(self) -> int:
         """Serve until the job ends; its exit code. Blocks."""

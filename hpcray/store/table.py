@@ -599,6 +599,11 @@ class ObjectTable:
     def is_waiting_for_room(self) -> bool:
         return bool(self._unmade)
 
+    @property
+    def memory_in_use(self) -> int:
+        """Bytes of the arena in blocks, those that are being written included."""
+        return self._allocator.used
+
     def why_full(self, size: int) -> str:
         """What an `ObjectStoreFullError` says."""
         free, largest, total = self._allocator.available, self._allocator.largest_free, self._allocator.size

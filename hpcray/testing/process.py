@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
 from hpcray import ids, payload
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Client
-
-NO_TASK = m.Run(b"", b"", b"", "", b"", [], 0)
 
 
 class ProcessOut(Protocol):
@@ -76,6 +74,7 @@ class Process:
         self._writing: dict[bytes, Callable[[int | None], None]] = {}
         self._results: list[m.Result] | None = None
         self._argument_views: list[View] = []
+        self._templates: dict[bytes, m.Template] = {}
         self._counter = 0
         self._defined: set[bytes] = set()
         self._out = out
@@ -346,5 +345,28 @@ class Process:
 
     def _take_up(self, work: m.Run) -> None:
         self.running = work
-        if not work.method:
-            work.num_returns = -1 if work.actor else self.client.worker_returns(work)
+        self.ran.append(work.task)
+        if work.actor:
+            self.actor = work.actor
+        else:
+            work.num_returns = self._templates[work.template].num_returns
+        for value in work.values:
+            if isinstance(value, m.InlineValue):
+                self.adopt(open_value(value.data)[1])
+            else:
+                data = self._out.read(value.rank, value.offset, value.size)
+                self._argument_views.append(View(value.id, value, data))
+                self._open(value.id, data)
+        task, nested = open_value(work.arguments)
+        if task != (work.task if work.method or not work.actor else work.actor):
+            raise AssertionError(f"{work.task.hex()} was sent with the arguments of {task.hex()}")
+        self.adopt(nested)
+
+    def _on_DefineTemplate(self, message: m.DefineTemplate) -> None:  # noqa: N802
+        self._templates[message.id] = message.template
+
+    def check(self) -> None:
+        """Raise AssertionError if memory that this process looks at has changed."""
+        for view in (*self.views, *self._argument_views):
+            if self._out.read(view.place.rank, view.place.offset, view.place.size) != view.data:
+                raise AssertionError(f"object {view.id.hex()} changed while it was looked at")

@@ -51,6 +51,8 @@ _COUNT_MASK = 0xFFFFFFFF
 _SLOT_COUNT = 16
 _SLOT_SIZE = 64 * 1024
 _FRAMES_PER_TURN = 32
+# Bytes. Up to here a message is in the receiver's memory when Isend returns, in both libraries' defaults.
+_EAGER_SIZE = 4000
 _FRAMES_IN_FLIGHT = 8
 _ACK_AFTER = _FRAMES_IN_FLIGHT // 2  # so that the sender has credit left while the acknowledgement travels
 
@@ -125,6 +127,7 @@ class _Peer:
     __slots__ = (
         "acknowledged",
         "arena",
+        "bell",
         "bulk_tags_free",
         "bulk_tags_made",
         "doorbell",
@@ -141,6 +144,7 @@ class _Peer:
         self.rank = rank
         self.doorbell = doorbell
         self.arena: AsleepFlag | None = None
+        self.bell = -1  # the peer's eventfd, once it was handed over
         self.sent = 0  # frames to the peer, and how many of them it said it has taken
         self.acknowledged = 0
         self.taken = 0  # frames from the peer, and how many of them we said we have taken
@@ -182,7 +186,8 @@ class MpiTransport:
         self._peers = [_Peer(rank, same_host.get(rank)) for rank in range(comm.Get_size())]
         self._has_far_peers = len(same_host) < len(self._peers) - 1
         self._fence = Lock()
-        self._sends: list[tuple[MPI.Request, _Peer]] = []
+        self._sends: list[tuple[MPI.Request, _Peer, int]] = []
+        self._polled_sends = 0  # those too large to have left at once
         self._streams: list[_Stream] = []
         self._owed: list[_Peer] = []
         self._last_traffic = monotonic()
@@ -198,13 +203,15 @@ class MpiTransport:
     def attach(self, loop: EventLoop) -> None:
         """Let the doorbell wake `loop`, for an owner that expects no descriptors over it."""
         loop.add_reader(self._doorbell.fd, self._answer_doorbell)
+        loop.add_reader(self._doorbell.bell, self._doorbell.silence)
 
     def _answer_doorbell(self) -> None:
         for _, fd in self._doorbell.drain():
             os.close(fd)
 
-    def add_peer_arena(self, rank: int, arena: AsleepFlag) -> None:
-        """Ring this peer's doorbell only while its asleep flag is set; until now it was rung at each send."""
+    def add_peer_arena(self, rank: int, arena: AsleepFlag, bell: int) -> None:
+        """Wake this peer by its eventfd, and only while its asleep flag is set; until now it was rung at each send."""
+        self._peers[rank].bell = bell
         self._peers[rank].arena = arena
 
     # Frames
@@ -230,7 +237,9 @@ class MpiTransport:
         message = _HEADER.pack(kind, self._rank, taken & _COUNT_MASK, size) + body
         request = self._comm.Isend((message, MPI.BYTE), state.rank, _FRAME_TAG)
         if not request.Test():
-            self._sends.append((request, state))
+            self._sends.append((request, state, len(message)))
+            if len(message) > _EAGER_SIZE:
+                self._polled_sends += 1
         self._last_traffic = monotonic()
         self._wake(state)
 
@@ -245,7 +254,7 @@ class MpiTransport:
             self._doorbell.ring(state.doorbell)
         elif arena.asleep:
             arena.asleep = False  # whoever clears it rings, so that a burst rings once
-            self._doorbell.ring(state.doorbell)
+            os.eventfd_write(state.bell, 1)
 
     def _send_large(self, state: _Peer, frame: memoryview) -> None:
         def sent(error: str | None) -> None:
@@ -261,40 +270,39 @@ class MpiTransport:
         if len(state.large_out) == 1:
             self._add_stream(state.large_out[0])
 
-    def _retire_sends(self) -> bool:
+    def _retire_sends(self) -> None:
         pending = [entry for entry in self._sends if not entry[0].Test()]
-        moved = len(pending) < len(self._sends)
         self._sends = pending
-        for _, state in pending:
+        self._polled_sends = sum(size > _EAGER_SIZE for _, _, size in pending)
+        for _, state, _ in pending:
             # Above the eager size (Open MPI 4 KiB, MPICH 8) a message needs its receiver more than once.
             self._wake(state)
-        return moved
 
     # Arrivals
 
     def progress(self) -> bool:
-        """Take a bounded number of frames and chunks, call `on_frame` and `on_done`; say if any came."""
-        moved = self._take_frames()
+        """Take a bounded number of frames and chunks, call `on_frame` and `on_done`; say if there may be more."""
+        is_more = self._take_frames()
         if self._streams and self._advance_streams():
-            moved = True
-        if self._sends and self._retire_sends():
-            moved = True
-        if moved:
+            is_more = True
+        if self._sends:
+            self._retire_sends()
+        if is_more:
             self._last_traffic = monotonic()
-        return moved
+        return is_more
 
     def _take_frames(self) -> bool:
         if self._owed:
             self._acknowledge()
         ring, buffers, peers = self._ring, self._buffers, self._peers
-        moved = False
+        taken = 0
         for _ in range(_FRAMES_PER_TURN):
             head = self._head
             request = ring[head]
             if not (self._has_arrived or request.Test()):
                 break
             self._has_arrived = False
-            moved = True
+            taken += 1
             buffer = buffers[head]
             kind, source, acknowledged, size = _HEADER.unpack_from(buffer)
             state = peers[source]
@@ -311,7 +319,9 @@ class MpiTransport:
                 state.waiting.append(size)
                 if len(state.waiting) == 1:
                     self._receive_large(state, size)
-        return moved
+        if taken:
+            self._last_traffic = monotonic()
+        return taken == _FRAMES_PER_TURN
 
     def _deliver(self, state: _Peer, frame: bytes) -> None:
         state.taken += 1
@@ -428,7 +438,8 @@ class MpiTransport:
         if self._owed:
             self._acknowledge()
         quiet = monotonic() - self._last_traffic
-        if self._has_far_peers or self._sends or self._streams:
+        # A small send has left even where MPI calls it pending: its completion can wait for the next turn.
+        if self._has_far_peers or self._polled_sends or self._streams:
             if quiet < _SPIN:
                 os.sched_yield()
                 return 0.0

@@ -81,11 +81,11 @@ def pack_arguments(client: Client, name: str, arguments: tuple[Any, ...], option
 
 
 def unpack_arguments(
-    data: bytes, values: list[m.Value], load: Callable[[int, m.Value], Any]
+    data: bytes, values: list[m.Value], load: Callable[[m.Value], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, with every slot filled by `load(index, value)`."""
+    """The arguments of a call, with every slot filled by `load(value)`."""
     if data == b"\xff":
-        arguments, options = load(len(values) - 1, values[-1])
+        arguments, options = load(values[-1])
         values = values[:-1]
     else:
         arguments, options = deserialize(data)
@@ -93,7 +93,7 @@ def unpack_arguments(
         return arguments, options
 
     def fill(value: Any) -> Any:
-        return load(value.index, values[value.index]) if type(value) is Slot else value
+        return load(values[value.index]) if type(value) is Slot else value
 
     return tuple(fill(value) for value in arguments), {key: fill(value) for key, value in options.items()}
 

@@ -54,7 +54,7 @@ class Executor:
             return
         start = perf_counter()
         failed, retry = False, False
-        runtime_context.enter(work, template, name, self._actor)
+        runtime_context.enter(work, template, name)
         try:
             arguments, options = self._arguments(work)
             function = getattr(self._actor, work.method) if work.method else self._function(template)
@@ -88,11 +88,11 @@ class Executor:
     def _create_actor(self, work: m.Run, template: m.Template) -> None:
         self._actor_template = template
         error: bytes | None = None
-        runtime_context.enter(work, template, f"{template.name}.__init__", None)
+        runtime_context.enter(work, template, f"{template.name}.__init__")
         try:
             arguments, options = self._arguments(work)
             cls: Any = self._function(template)
-            # The instance is known before __init__ runs, so that `current_actor` works there.
+            runtime_context.become_actor(work.actor, cls, template)
             self._actor = cls(*arguments, **options)
         except BaseException as raised:
             if isinstance(raised, SystemExit):
@@ -137,8 +137,7 @@ class Executor:
         if work.template:
             self._enter_job(self._client.templates[work.template].job)
         client = self._client
-        return unpack_arguments(work.arguments, work.values, lambda index, value: client.load_argument(
-            object_id(work.task, index), value))
+        return unpack_arguments(work.arguments, work.values, client.load_argument)
 
     def _results(self, work: m.Run, template: m.Template, name: str, value: Any) -> list[m.Result]:
         count = self._count(work, template)

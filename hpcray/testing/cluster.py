@@ -1,0 +1,337 @@
+"""A fake cluster: real raylet and GCS cores, an in-memory network, fake processes.
+
+Everything that is said travels through the codec on a *link*: rank to rank, process to raylet, raylet to process, or the
+bytes of one transfer. A link keeps its order; which link delivers next is the test's choice, so that each order that a
+real network could bring about can be brought about here, and brought about again. Nothing happens by itself: no thread,
+no clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hpcray.gcs.core import GcsCore
+from hpcray.protocol import messages as m
+from hpcray.protocol.codec import decode_from_client, decode_from_peer, decode_from_raylet, encode
+from hpcray.raylet.clients import Client
+from hpcray.raylet.core import NodeInfo, RayletCore
+from hpcray.resources import UNIT, Shape
+from hpcray.store.table import Block
+from hpcray.testing.process import Process
+
+NONCE = b"a nonce!"
+ARENA_START = 4096
+TURN_SECONDS = 0.0001
+
+Link = tuple[str, int, int]
+"""("rank", source, destination), ("up" or "down", rank, process), or ("bulk", receiver, number of the transfer)."""
+Done = Callable[[str | None], None]
+
+
+class Transfer:
+    """Bytes of one object under way: both ends are known once the holder has been asked and serves."""
+
+    def __init__(self, receiver: int, source: int, tag: int, target: Block, received: Done) -> None:
+        self.receiver = receiver
+        self.source = source
+        self.tag = tag
+        self.target = target
+        self.received = received
+        self.block: Block | None = None
+        self.served: Done = lambda _: None
+
+
+class Node:
+    """One rank: its cores, its memory, and what a real rank's shell would do for them."""
+
+    def __init__(self, cluster: Cluster, rank: int, store_timeout: float, inline_limit: int) -> None:
+        self.rank = rank
+        self.memory = bytearray(cluster.nodes[rank].arena_size + ARENA_START)
+        self.processes: dict[int, Process] = {}
+        self.outboxes: dict[Link, list[Any]] = {}
+        self._cluster = cluster
+        self._tags = 0
+        self.core = RayletCore(
+            rank,
+            cluster.nodes,
+            NONCE,
+            arena_start=ARENA_START,
+            inline_limit=inline_limit,
+            store_timeout=store_timeout,
+            out=self,
+        )
+        self.gcs: GcsCore | None = None
+        if rank == 0:
+            self.gcs = self.core.gcs = GcsCore(cluster.nodes, NONCE, self.core.template, _GcsOut(self))
+
+    def end_turn(self) -> None:
+        """What a turn of the event loop ends with: the cores act, then each peer gets one frame."""
+        self._cluster.now += TURN_SECONDS
+        self.core.end_turn(self._cluster.now)
+        for link, messages in self.outboxes.items():
+            self._cluster.push(link, encode(messages))
+        self.outboxes.clear()
+
+    # --------------------------------------------------------------------------------------------------------- RayletOut
+    def send(self, rank: int, message: m.PeerMessage) -> None:
+        assert rank != self.rank
+        self.outboxes.setdefault(("rank", self.rank, rank), []).append(message)
+
+    def to_client(self, client: Client, message: m.RayletToClient) -> None:
+        if client.number in self.processes:
+            self.outboxes.setdefault(("down", self.rank, client.number), []).append(message)
+
+    def send_arena(self, client: Client, rank: int) -> None:
+        self.to_client(client, m.MapArena(rank, self._cluster.nodes[rank].arena_size))
+
+    def start_worker(self, client: Client) -> None:
+        self.processes[client.number] = Process(client, self)
+
+    def kill_client(self, client: Client) -> None:
+        if client.number in self.processes:
+            self.kill(client.number)
+
+    def close_client(self, client: Client) -> None:
+        self.kill_client(client)
+
+    def new_tag(self, rank: int) -> int:
+        self._tags += 1
+        return self._tags
+
+    def receive(self, rank: int, tag: int, block: Block, done: Done) -> None:
+        self._cluster.transfers[self.rank, tag] = Transfer(self.rank, rank, tag, block, done)
+
+    def serve(self, rank: int, tag: int, block: Block, done: Done) -> None:
+        transfer = self._cluster.transfers[rank, tag]
+        assert transfer.source == self.rank
+        assert transfer.target.size == block.size
+        transfer.block = block
+        transfer.served = done
+
+    def pull_failed(self, rank: int, tag: int) -> None:
+        transfer = self._cluster.transfers.pop((self.rank, tag))
+        assert transfer.source == rank
+        transfer.received("the holder has no such object any more")
+
+    def show(self, lines: m.LogLines) -> None:
+        self._cluster.shown.extend(lines.lines)
+
+    # -------------------------------------------------------------------------------------------------------- ProcessOut
+    def read(self, rank: int, offset: int, size: int) -> bytes:
+        return bytes(self._cluster.ranks[rank].memory[offset : offset + size])
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.memory[offset : offset + len(data)] = data
+
+    def send_up(self, number: int, message: m.ClientMessage) -> None:
+        process = self.processes.get(number)
+        if process is not None and not process.is_gone:
+            self._cluster.push(("up", self.rank, number), encode([message]))
+
+    def end(self, number: int) -> None:
+        self.kill(number)
+
+    # ------------------------------------------------------------------------------------------------------------ events
+    def kill(self, number: int) -> None:
+        """The process ends; its raylet notices after it has read what the process had sent."""
+        process = self.processes[number]
+        if not process.is_gone:
+            process.is_gone = True
+            self._cluster.links.pop(("down", self.rank, number), None)
+            self._cluster.push(("up", self.rank, number), None)
+
+    def on_frame(self, link: Link, frame: bytes | None) -> None:
+        """Deliver what came first on a link."""
+        kind, _, other = link
+        if kind == "down":
+            process = self.processes.get(other)
+            for down in decode_from_raylet(frame or b""):
+                if process is not None and not process.is_gone:
+                    process.on_message(down)
+            return
+        if kind == "up":
+            process = self.processes[other]
+            if frame is None:
+                del self.processes[other]
+                self.core.on_client_gone(process.client, "it was killed by the test")
+            else:
+                for up in decode_from_client(frame):
+                    self.core.on_client_message(process.client, up)
+        else:
+            for message in decode_from_peer(frame or b""):
+                self._on_peer_message(link[1], message)
+        self.end_turn()
+
+    def _on_peer_message(self, source: int, message: m.PeerMessage) -> None:
+        if isinstance(message, m.LogLines):
+            self.show(message)
+        elif not self.core.on_peer_message(source, message):
+            assert self.gcs is not None, f"rank {source} sent {message} to rank {self.rank}"
+            self.gcs.on_message(source, message)
+
+
+class _GcsOut:
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def send(self, rank: int, message: m.PeerMessage) -> None:
+        if rank == self._node.rank:
+            self._node.core.deliver_here(message)
+        else:
+            self._node.send(rank, message)
+
+
+class Cluster:
+    """A job of several ranks in this process.
+
+    Args:
+        cpus: Per rank, how many CPUs it offers.
+        machines: Per rank, where it runs; ranks of one machine map each other's memory. Default: all apart.
+        arena_size: Bytes of each rank's arena, a multiple of 64.
+        store_timeout: Seconds that the creator of an object waits for room.
+        extra: Resources that each rank offers besides CPUs.
+    """
+
+    def __init__(
+        self,
+        cpus: Sequence[int],
+        *,
+        machines: Sequence[str] = (),
+        arena_size: int = 1 << 16,
+        store_timeout: float = 1e9,
+        inline_limit: int = 1000,
+        extra: Shape | None = None,
+    ) -> None:
+        self.now = 0.0
+        self.nodes = [
+            NodeInfo(
+                rank,
+                f"host{rank}",
+                machines[rank] if machines else f"machine{rank}",
+                1000 + rank,
+                {**({"CPU": count * UNIT} if count else {}), **(extra or {})},
+                arena_size,
+            )
+            for rank, count in enumerate(cpus)
+        ]
+        self.links: dict[Link, deque[bytes | None]] = {}
+        self.transfers: dict[tuple[int, int], Transfer] = {}
+        self.shown: list[str] = []
+        self.ranks = [Node(self, rank, store_timeout, inline_limit) for rank in range(len(cpus))]
+        self._drivers = 0
+
+    def add_driver(self) -> Process:
+        """A driver of a new job connects to rank 0."""
+        node = self.ranks[0]
+        client = node.core.add_client(is_driver=True)
+        process = node.processes[client.number] = Process(client, node)
+        self._drivers += 1
+        client.job = b"job %d" % self._drivers
+        node.core.define(m.Define(client.job, b"a job's configuration"))
+        node.core.welcome(client, client.job)
+        node.end_turn()
+        self.deliver(("down", 0, client.number))
+        return process
+
+    def template(self, process: Process, name: str, **fields: Any) -> bytes:
+        """Define a function (or, with `actor=ActorOptions(…)`, a class) in a process; the template's id."""
+        values: dict[str, Any] = {"num_returns": 1, "resources": {"CPU": UNIT}, "max_retries": 0, **fields}
+        template = m.Template(job=process.job or b"job 1", function=b"function " + name.encode(), name=name, **values)
+        return process.define(encode(template), template)
+
+    # ----------------------------------------------------------------------------------------------------------- network
+    def push(self, link: Link, frame: bytes | None) -> None:
+        """Put a frame on a link; None: its process has ended."""
+        self.links.setdefault(link, deque()).append(frame)
+
+    def choices(self) -> list[Link]:
+        """All links that can deliver something now."""
+        served = (("bulk", *key) for key, transfer in self.transfers.items() if transfer.block is not None)
+        return sorted([*self.links, *served])
+
+    def deliver(self, link: Link) -> None:
+        """Let the first frame of a link, or the bytes of a transfer, arrive."""
+        kind, first, second = link
+        if kind == "bulk":
+            self._complete(self.transfers.pop((first, second)))
+            return
+        queue = self.links[link]
+        frame = queue.popleft()
+        if not queue:
+            del self.links[link]
+        self.ranks[second if kind == "rank" else first].on_frame(link, frame)
+
+    def _complete(self, transfer: Transfer) -> None:
+        source, target = transfer.block, transfer.target
+        assert source is not None
+        data = self.ranks[source.rank].memory[source.offset : source.offset + source.size]
+        self.ranks[transfer.receiver].memory[target.offset : target.offset + target.size] = data
+        transfer.received(None)
+        self.ranks[transfer.receiver].end_turn()
+        transfer.served(None)
+        self.ranks[transfer.source].end_turn()
+
+    def run(self, choose: Callable[[list[Link]], Link] = lambda links: links[0], *, check: bool = True) -> None:
+        """Deliver until nothing is under way, in the order that `choose` says."""
+        while True:
+            while links := self.choices():
+                self.deliver(choose(links))
+                if check:
+                    self.check()
+            due = [node for node in self.ranks if node.core.report_due is not None]
+            if not due:
+                return
+            self.advance(1.0)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass; every rank looks at the clock."""
+        self.now += seconds
+        for node in self.ranks:
+            node.end_turn()
+
+    # ------------------------------------------------------------------------------------------------------------- state
+    @property
+    def processes(self) -> list[Process]:
+        """All processes that are alive."""
+        return [process for node in self.ranks for process in node.processes.values() if not process.is_gone]
+
+    @property
+    def workers(self) -> list[Process]:
+        """All workers that are alive."""
+        return [process for process in self.processes if not process.is_driver]
+
+    @property
+    def running(self) -> list[Process]:
+        """All workers that run something and are not blocked."""
+        return [worker for worker in self.workers if worker.running is not None and not worker.is_blocked]
+
+    def kill(self, process: Process) -> None:
+        """End a process without warning."""
+        self.ranks[process.rank].kill(process.number)
+
+    def check(self) -> None:
+        """Raise if a core disagrees with itself, or memory changed under somebody's eyes."""
+        for node in self.ranks:
+            node.core.check()
+        for process in self.processes:
+            process.check()
+
+    def leftovers(self) -> list[str]:
+        """What a cluster still has that should have nothing: for the end of tests that have released everything."""
+        found: list[str] = []
+        for node in self.ranks:
+            core, name = node.core, f"rank {node.rank}"
+            found += [f"{name}: object {i.hex()} ({e.holds} holds)" for i, e in core.table.entries.items()]
+            found += [f"{name}: task {i.hex()}" for i in core.tasks.tasks]
+            found += [f"{name}: call {i.hex()}" for i in core.calls.sent]
+            found += [f"{name}: calls of {i.hex()} wait" for i, view in core.calls.views.items() if view.queues]
+            found += [f"{name}: actor {i.hex()}" for i in (*core.calls.created, *core.hosted.actors)]
+            if used := core.table.memory_in_use:
+                found.append(f"{name}: {used} bytes are allocated")
+            if core.ledger.free != core.ledger.total:
+                found.append(f"{name}: free {core.ledger.free} of {core.ledger.total}")
+            if core.pool.ready or core.pool.leases:
+                found.append(f"{name}: work waits or leases are open")
+        return found
