@@ -139,11 +139,7 @@ class Client:
             self._send_locked(message)
 
     def _send_locked(self, message: Any | None) -> None:
-        if os.getpid() != self._pid:
-            raise ForkError(
-                "this process was forked from one that is connected to hpcray and cannot use its connection: run the code "
-                "as a task or actor, or start the process with subprocess or the 'spawn' method"
-            )
+        self.check_process()
         batch = self._pending
         if self._dead or self._dead_views:
             self._collect_released(batch)
@@ -189,6 +185,18 @@ class Client:
         if released:
             batch.append(m.Release(released))
 
+    def check_process(self) -> None:
+        """Refuse to serve a process that was forked from this connection's.
+
+        Raises:
+            RuntimeError: It was.
+        """
+        if os.getpid() != self._pid:
+            raise ForkError(
+                "this process was forked from one that is connected to hpcray and cannot use its connection: run the code "
+                "as a task or actor, or start the process with subprocess or the 'spawn' method"
+            )
+
     def flush(self) -> None:
         """Send what was released since the last message."""
         if self._dead or self._dead_views or self._pending:
@@ -225,6 +233,10 @@ class Client:
             self._counts[identifier] = known + 1
             if not known:
                 self._pending.append(m.AddReferences([identifier]))
+
+    def release_at_once(self, identifier: bytes) -> None:
+        """Have the raylet told as soon as the last reference is gone, not along with the next message."""
+        self._large.add(identifier)
 
     def keep_forever(self, identifier: bytes) -> None:
         """The user pickled a reference: hpcray cannot see where it goes."""
@@ -691,10 +703,15 @@ def current_client() -> Client | None:
 
 
 def require_client() -> Client:
-    """The process's connection; a driver without one is initialised, as in Ray."""
+    """The process's connection; a driver without one is initialised, as in Ray.
+
+    Raises:
+        RuntimeError: The connection is that of the process which this one was forked from.
+    """
     if _current is None:
         from hpcray.api import init
 
         init()
         assert _current is not None
+    _current.check_process()
     return _current

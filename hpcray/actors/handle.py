@@ -63,6 +63,9 @@ class ActorHandle:
         self._actor = ids.task_of(ref.binary())
         self._actor_id = ids.shown_actor(self._actor)
         self._class = description
+        if ref._client is not None:
+            # The actor's process ends with the last handle, not with the next thing that this process does.
+            ref._client.release_at_once(ref.binary())
 
     @classmethod
     def adopt(cls, actor: bytes, description: ClassDescription) -> ActorHandle:

@@ -128,7 +128,7 @@ class Actors:
         if record is None:
             return
         self._leave(record)
-        if message.wanted or record.is_wanted_dead or record.restarts == 0:
+        if record.is_wanted_dead or record.restarts == 0:
             self._die(record, message.error)
             return
         if record.restarts > 0:
@@ -199,7 +199,9 @@ class Actors:
             self._out.send(record.rank, m.StopActor(record.id, drain=True))
 
     def _tell(self, record: ActorRecord, rank: int) -> None:
-        state = PENDING if record.state == STARTING else record.state
+        # Callers of an actor that is about to end wait for its end, rather than have their calls run after a kill.
+        is_coming_or_going = record.state == STARTING or (record.state == ALIVE and record.is_wanted_dead)
+        state = PENDING if is_coming_or_going else record.state
         self._out.send(rank, m.ActorChanged(record.id, state, record.rank, record.incarnation, record.error))
 
     # -------------------------------------------------------------------------------------------------------------- jobs

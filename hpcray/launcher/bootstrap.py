@@ -224,7 +224,7 @@ def _agree(world: World, mine: Introduction) -> list[Introduction]:
     everybody = [msgspec.msgpack.decode(data) for data in world.gather_all(msgspec.msgpack.encode(mine))]
     versions = {(one["version"], one["python"]) for one in everybody}
     if len(versions) > 1:
-        first = {}
+        first: dict[tuple[str, str], str] = {}
         for rank, one in enumerate(everybody):
             first.setdefault((one["version"], one["python"]), f"rank {rank} on {one['host']}")
         told = "; ".join(f"hpcray {v} on Python {p} at {where}" for (v, p), where in first.items())

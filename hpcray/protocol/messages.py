@@ -564,12 +564,11 @@ class ActorStarted(Message, tag=104):
 
 
 class ActorEnded(Message, tag=105):
-    """The hosting raylet: the actor's worker is gone; `wanted` when it was asked to."""
+    """The hosting raylet: the actor's worker is gone."""
 
     actor: bytes
     incarnation: int
     error: bytes
-    wanted: bool
 
 
 class ActorUnreferenced(Message, tag=106):

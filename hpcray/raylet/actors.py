@@ -200,7 +200,7 @@ class HostedActors:
         if actor.init_error is not None or (not actor.wanted_end and actor.worker is None):
             self._out.to_gcs(m.ActorStarted(actor.id, actor.incarnation, error))
         else:
-            self._out.to_gcs(m.ActorEnded(actor.id, actor.incarnation, error, bool(actor.wanted_end)))
+            self._out.to_gcs(m.ActorEnded(actor.id, actor.incarnation, error))
 
     def _died(self, actor: HostedActor, why: str) -> bytes:
         return payload.actor_died(actor.id, self._out.template(actor.template).name, why)

@@ -167,6 +167,13 @@ class Calls:
             ),
         )
 
+    def on_kill(self, message: m.Kill) -> None:
+        """Later calls wait until the GCS tells what has become of the actor."""
+        view = self.views.get(message.actor)
+        if view is not None and view.state == "alive":
+            view.state = "pending"
+        self._out.to_gcs(m.KillActor(message.actor, message.no_restart))
+
     # ------------------------------------------------------------------------------------------------------------ news
     def on_changed(self, message: m.ActorChanged) -> None:
         view = self.views.get(message.actor)

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import socket
+from collections import deque
 from typing import Protocol
 
 from hpcray.protocol import messages as m
@@ -16,6 +17,10 @@ from hpcray.transport.poller import EventLoop
 from hpcray.worker.output import split
 
 PIPE_READ_SIZE = 1 << 16
+LINES_KEPT = 20
+"""Last lines of a worker that the error of its crash shows."""
+LINE_SHOWN = 500
+"""Characters of each."""
 
 
 class WorkersOut(Protocol):
@@ -59,6 +64,7 @@ class WorkerProcess:
         self.client = client
         self.channel: Channel | None = None
         self.is_wanted_dead = False
+        self._last_lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._workers = workers
         self._pipes = {fd: _Pipe(self, fd, is_error=index == 1) for index, fd in enumerate(pipes)}
         for fd in pipes:

@@ -17,12 +17,12 @@ from hpcray import payload, runtime_context
 from hpcray.client import Client
 from hpcray.exceptions import RayError, RayTaskError, TaskCancelledError
 from hpcray.ids import object_id, shown_actor
-from hpcray.launcher.environment import thread_limits
 from hpcray.protocol import messages as m
 from hpcray.resources import UNIT
 from hpcray.worker import output
 from hpcray.worker.arguments import unpack_arguments
 from hpcray.worker.serialization import Serialized, dump_error, serialize
+from hpcray.worker.threads import limit_threads
 
 
 class Executor:
@@ -114,7 +114,7 @@ class Executor:
     def _limit_threads(self, cpus: float) -> None:
         if cpus != self._threads:
             self._threads = cpus
-            os.environ.update(thread_limits(cpus))
+            limit_threads(cpus)
 
     def _enter_job(self, job: bytes) -> None:
         if self._job is not None:

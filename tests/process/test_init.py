@@ -140,7 +140,7 @@ def test_address_auto_without_a_running_job_is_a_connection_error(own_init):
         ({"num_cpus": "two"}, (TypeError, AssertionError), "CPU|num_cpus"),
         ({"resources": {"licence": -1}}, ValueError, "licence"),
         ({"resources": {"CPU": 1}}, (ValueError, AssertionError), "num_cpus"),
-        ({"resources": 3}, TypeError, ""),
+        ({"resources": 3}, TypeError, "."),
         ({"object_store_memory": 1}, ValueError, "1 "),
         ({"object_store_memory": -1}, ValueError, "-1"),
         ({"namespace": ""}, ValueError, "namespace"),
