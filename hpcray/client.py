@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import array
 import concurrent.futures
 import contextlib
 import os
@@ -19,7 +20,7 @@ import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -34,8 +35,8 @@ from hpcray.store.arena import Arena
 from hpcray.worker.serialization import Serialized, deserialize, load_error
 
 RECEIVE_SIZE = 1 << 18
-MAX_DESCRIPTORS = 8
-"""At most so many arenas arrive in one read."""
+ANCILLARY_SIZE = socket.CMSG_SPACE(32 * array.array("i").itemsize)
+"""Room for the arenas of 32 ranks that a raylet may hand over in one frame."""
 RELEASES_KEPT = 32
 """So many dropped references wait for the next message before they are sent by themselves."""
 READER_PAUSE = 0.05
@@ -93,6 +94,7 @@ class Client:
         """Threads of user code that wait in `get` or `wait`."""
         self._reader: threading.Thread | None = None
         self._buffer = bytearray()
+        self._received = memoryview(bytearray(RECEIVE_SIZE))
         self._descriptors: deque[int] = deque()
         self._poller = select.poll()
         self._poller.register(sock.fileno(), select.POLLIN)
@@ -331,7 +333,8 @@ class Client:
                 missing.pop()
             return not missing
 
-        with self._blocking():
+        self._enter_blocking()
+        try:
             with self._lock:
                 coming = [identifier for identifier in missing if identifier in self._coming]
                 for identifier in coming:
@@ -354,6 +357,8 @@ class Client:
                     f"get() timed out after {timeout} s: {len(missing)} of {len(identifiers)} objects are not ready, "
                     f"ObjectRef({missing[-1].hex()}) among them; they may still come, and get() may be called again"
                 )
+        finally:
+            self._leave_blocking()
 
     def _stop_getting(self, identifiers: list[bytes]) -> None:
         with self._lock:
@@ -364,16 +369,14 @@ class Client:
                 else:
                     del self._getting[identifier]
 
-    @contextlib.contextmanager
-    def _blocking(self) -> Iterator[None]:
+    def _enter_blocking(self) -> None:
         self.before_blocking()
         self._blocked += 1
-        try:
-            yield
-        finally:
-            self._blocked -= 1
-            if not self.is_driver:
-                self.send(m.Unblocked())
+
+    def _leave_blocking(self) -> None:
+        self._blocked -= 1
+        if not self.is_driver:
+            self.send(m.Unblocked())
 
     def _check_job(self, identifiers: Sequence[bytes]) -> None:
         nonce = ids.nonce_of(self.prefix)
@@ -434,7 +437,8 @@ class Client:
 
         if not enough():
             self._check_job(identifiers)
-            with self._blocking():
+            self._enter_blocking()
+            try:
                 with self._lock:
                     self._fetching += fetch
                     known = (watched, ready, values, self._coming)
@@ -448,6 +452,8 @@ class Client:
                 finally:
                     with self._lock:
                         self._fetching -= fetch
+            finally:
+                self._leave_blocking()
         return {i for i in identifiers if i in values or i in ready or (not fetch and i in existing)}
 
     def _settle(self) -> None:
@@ -544,22 +550,30 @@ class Client:
         if seconds is not None and not self._poller.poll(max(0.0, seconds) * 1000):
             return
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._sock, RECEIVE_SIZE, MAX_DESCRIPTORS)
+            size, ancillary, _, _ = self._sock.recvmsg_into((self._received,), ANCILLARY_SIZE)
         except OSError as error:
             raise self._connection_lost() from error
-        if not data:
+        if not size:
             raise self._connection_lost()
-        if descriptors:
-            self._descriptors.extend(descriptors)
+        if ancillary:
+            self._take_descriptors(ancillary)
+        data = self._received[:size]
         buffer = self._buffer
-        if not buffer and len(data) >= LENGTH_SIZE and int.from_bytes(data[:LENGTH_SIZE], "big") == len(data) - LENGTH_SIZE:
+        if not buffer and int.from_bytes(data[:LENGTH_SIZE], "big") == size - LENGTH_SIZE:
             self._dispatch(data[LENGTH_SIZE:])
             return
         buffer += data
         for frame in split_stream(buffer):
             self._dispatch(frame)
 
-    def _dispatch(self, frame: bytes) -> None:
+    def _take_descriptors(self, ancillary: list[tuple[int, int, bytes]]) -> None:
+        for _, kind, data in ancillary:
+            if kind == socket.SCM_RIGHTS:
+                descriptors = array.array("i")
+                descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+                self._descriptors.extend(descriptors)
+
+    def _dispatch(self, frame: bytes | memoryview) -> None:
         handlers = self._handlers
         for message in decode_from_raylet(frame):
             handlers[type(message)](message)

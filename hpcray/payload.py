@@ -52,10 +52,15 @@ def describe_dependency_error(payload: bytes) -> tuple[str, bytes]:
 
 
 def actor_died(actor: bytes, cls: str, why: str) -> bytes:
-    """The payload of what calls to a dead actor raise; `cls` is the name of its class, empty where it is unknown."""
+    """The payload of what calls to a dead actor raise.
+
+    Args:
+        actor: Its id.
+        cls: The name of its class; empty where it is unknown.
+        why: A sentence.
+    """
     shown = shown_actor(actor).hex()
-    text = f"The actor {shown}{f' ({cls})' if cls else ''} died: {why}"
-    return system_error("ActorDiedError", text if "\n" in why else f"{text}.", shown)
+    return system_error("ActorDiedError", f"The actor {shown}{f' ({cls})' if cls else ''} died: {why}", shown)
 
 
 def creation_error(actor: bytes, cls: str, inner: bytes) -> bytes:

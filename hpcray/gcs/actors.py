@@ -153,7 +153,7 @@ class Actors:
         record.is_wanted_dead = True
         if record.state == PENDING:
             self._pending.pop(identifier, None)
-            self._die(record, payload.actor_died(identifier, self._template(record.template).name, why))
+            self._die(record, payload.actor_died(identifier, self._template(record.template).name, f"{why}."))
         elif record.state == ALIVE or not drain:
             # Sent while it is starting, this may arrive before the actor does: `_announce` repeats it.
             self._out.send(record.rank, m.StopActor(identifier, drain))

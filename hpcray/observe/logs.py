@@ -1,7 +1,8 @@
 """Workers' lines at the driver: their prefix, and the folding of repeated ones. Pure.
 
 Programs that run the same function a thousand times print the same line a thousand times. A line that was shown less than
-`WINDOW` ago is counted instead, numbers aside; the count is shown when the window is over.
+`WINDOW` ago is counted instead, and the count shown when the window is over. Between workers, numbers aside ("epoch 3"
+of ten workers is one line); in the lines of one worker, numbers matter.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ _DIGITS = re.compile(r"\d+")
 
 
 class _Repeated:
-    __slots__ = ("count", "lines", "since", "text")
+    __slots__ = ("count", "first", "last", "lines", "since", "source")
 
-    def __init__(self, since: float, lines: LogLines) -> None:
+    def __init__(self, since: float, lines: LogLines, line: str) -> None:
         self.since = since
         self.count = 0
+        self.source = _source(lines)
+        self.first = line
+        self.last = line
         self.lines = lines
-        self.text = ""
+        """Whom the last one came from."""
 
 
 class LogFolder:
@@ -53,12 +57,14 @@ class LogFolder:
             if known is None:
                 if len(self._known) >= MAX_KNOWN:
                     printed += self._close(next(iter(self._known)))
-                self._known[key] = _Repeated(now, lines)
+                self._known[key] = _Repeated(now, lines, line)
+                printed.append((lines.is_error, _with_prefix(lines, line)))
+            elif line != known.first and known.source == _source(lines):
                 printed.append((lines.is_error, _with_prefix(lines, line)))
             else:
                 known.count += 1
                 known.lines = lines
-                known.text = line
+                known.last = line
         return printed
 
     def flush(self, now: float) -> Iterator[tuple[bool, str]]:
@@ -75,7 +81,7 @@ class LogFolder:
             return []
         hint = "" if self._has_hinted else " (HPCRAY_DEDUP_LOGS=0 shows every line)"
         self._has_hinted = True
-        text = _with_prefix(known.lines, known.text)
+        text = _with_prefix(known.lines, known.last)
         if known.count > 1:
             text += f" [repeated {known.count}x across cluster]{hint}"
         return [(known.lines.is_error, text)]
@@ -84,6 +90,10 @@ class LogFolder:
     def next_flush(self) -> float | None:
         """When a window ends that has something to print."""
         return min((known.since + WINDOW for known in self._known.values() if known.count), default=None)
+
+
+def _source(lines: LogLines) -> tuple[str, int]:
+    return lines.host, lines.pid
 
 
 def _with_prefix(lines: LogLines, line: str) -> str:

@@ -101,7 +101,7 @@ class HostedActors:
         )
         actor = self.actors.get(message.actor)
         if actor is None or not actor.is_alive or actor.incarnation != message.incarnation:
-            error = self._epitaphs.get(message.actor) or payload.actor_died(message.actor, "", "it is gone")
+            error = self._epitaphs.get(message.actor) or payload.actor_died(message.actor, "", "it is gone.")
             self._out.could_not_run(work, error)
             return
         caller = (home, prefix_of(message.task))
@@ -163,7 +163,7 @@ class HostedActors:
             if work.actor == actor.id and queue is not None:
                 queue.remove(work)
                 self._pool.release_arguments(work)
-        self._bury(actor, self._died(actor, f"{actor.wanted_end} before it had started"))
+        self._bury(actor, self._died(actor, f"{actor.wanted_end}, before it had started."))
 
     def on_worker_gone(self, identifier: bytes, lost: list[Work], why: str) -> None:
         """The actor's worker ended, with these calls unanswered."""
@@ -173,7 +173,7 @@ class HostedActors:
         if actor.init_error is not None:
             error = actor.init_error
         else:
-            error = self._died(actor, actor.wanted_end or why)
+            error = self._died(actor, f"{actor.wanted_end}." if actor.wanted_end else why)
         for work in lost:
             if work.method:
                 self._out.could_not_run(work, error)

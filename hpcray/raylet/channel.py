@@ -15,7 +15,8 @@ from hpcray.protocol.messages import ClientMessage
 from hpcray.raylet.clients import Client
 from hpcray.transport.poller import EventLoop
 
-RECEIVE_SIZE = 1 << 18
+_received = memoryview(bytearray(1 << 18))
+"""Where all channels of the rank's one thread receive: what is decoded or kept is copied out of it."""
 
 
 class Channel:
@@ -90,17 +91,18 @@ class Channel:
     def read(self) -> None:
         """Handle what has arrived, at most one buffer's worth."""
         try:
-            data = self._sock.recv(RECEIVE_SIZE)
+            size = self._sock.recv_into(_received)
         except BlockingIOError:
             return
         except OSError:
-            data = b""
-        if not data:
+            size = 0
+        if not size:
             self._end()
             return
+        data = _received[:size]
         client, on_message = self.client, self._on_message
         incoming = self._incoming
-        if not incoming and int.from_bytes(data[:LENGTH_SIZE], "big") == len(data) - LENGTH_SIZE:
+        if not incoming and int.from_bytes(data[:LENGTH_SIZE], "big") == size - LENGTH_SIZE:
             for message in decode_from_client(data[LENGTH_SIZE:]):
                 on_message(client, message)
             return

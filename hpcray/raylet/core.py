@@ -707,4 +707,4 @@ def _offers_more(load: m.Load, reported: m.Load) -> bool:
 
 
 def _crash_text(name: str, why: str) -> str:
-    return f"The worker that ran {name} died: {why}."
+    return f"The worker that ran {name} died: {why}"

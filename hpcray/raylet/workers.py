@@ -87,6 +87,7 @@ class WorkerProcess:
             self._close_pipe(fd)
 
     def show(self, name: str, lines: list[str], *, is_error: bool) -> None:
+        self._last_lines.extend(lines)
         self._workers.out.on_output(
             m.LogLines(
                 self.client.worker.job if self.client.worker else b"",
@@ -97,6 +98,14 @@ class WorkerProcess:
                 lines,
             )
         )
+
+
+    def with_last_lines(self, why: str) -> str:
+        """The reason of its end as a sentence, and what it printed last."""
+        if not self._last_lines:
+            return f"{why}."
+        shown = "\n".join(f"    {line:.{LINE_SHOWN}}" for line in self._last_lines)
+        return f"{why}. The last lines of its output:\n{shown}"
 
 
 class WorkerProcesses:
@@ -167,23 +176,31 @@ class WorkerProcesses:
         process.drain_pipes()
         if process.channel is not None:
             process.channel.close()
-        self.out.on_worker_gone(process.client, why)
+        self.out.on_worker_gone(process.client, process.with_last_lines(why))
 
     @property
     def count(self) -> int:
         return len(self._by_number)
 
 
+_HINTS = {
+    signal.SIGKILL: "; if nobody sent it, the kernel did for lack of memory: run fewer tasks at a time or get more memory",
+    signal.SIGSEGV: "; native code that the task called has crashed: PYTHONFAULTHANDLER=1 shows where",
+    signal.SIGABRT: "; native code that the task called has given up: its output says why",
+}
+"""What is likely behind a signal, and what to do."""
+
+
 def describe_status(pid: int, status: int) -> str:
     """A wait status in words."""
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
-        return f"process {pid} exited with code {code}"
+        return f"process {pid} exited with code {code}, by sys.exit() or os._exit() in the task or a library"
     try:
-        name = signal.Signals(-code).name
+        signum = signal.Signals(-code)
     except ValueError:
-        name = "unknown"
-    return f"process {pid} was killed by signal {-code} ({name})"
+        return f"process {pid} was killed by signal {-code}"
+    return f"process {pid} was killed by signal {-code} ({signum.name}){_HINTS.get(signum, '')}"
 
 
 def exit_code(status: int) -> int:
