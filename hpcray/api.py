@@ -11,6 +11,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -29,8 +30,8 @@ from hpcray.worker.inspection import explain
 from hpcray.worker.serialization import serialize
 
 _IGNORED_BY_INIT = frozenset(
-    {"include_dashboard", "dashboard_host", "dashboard_port", "configure_logging", "logging_level", "logging_format",
-     "logging_config", "job_config", "runtime_env", "labels", "local_mode"}
+    {"include_dashboard", "dashboard_host", "dashboard_port", "configure_logging", "logging_level",
+     "logging_format", "logging_config", "job_config", "runtime_env", "labels", "local_mode"}
 )  # fmt: skip
 """Parameters of Ray's `init` that have no meaning in an MPI job; programs that pass them run all the same."""
 MINIMUM_STORE = 16 << 20
@@ -59,7 +60,7 @@ class Context(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.address_info)
 
-    def __enter__(self) -> Context:
+    def __enter__(self) -> Context:  # noqa: PYI034 - Self is not in Python 3.10
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -87,11 +88,13 @@ def init(
 ) -> Context:
     """Join the job that this process was started in, or start one.
 
-    Under `hpcray run`, the script's job is there already. Under a plain `mpirun`, all ranks call this: rank 0 goes on as the
-    driver, the others serve the job and never return. Elsewhere a job of one rank starts on this machine.
+    Under `hpcray run`, the script's job is there already. Under a plain `mpirun`, all ranks call this: rank 0
+    goes on as the driver, the others serve the job and never return. Elsewhere a job of one rank starts on
+    this machine.
 
     Args:
-        address: None for the above, "local" to start a job here, "auto" or a job's address to attach to a running one.
+        address: None for the above, "local" to start a job here, "auto" or a job's address to attach to a
+            running one.
         num_cpus: CPUs of the job that is started here (default: what this process may use).
         num_gpus: GPUs likewise.
         resources: Custom resources likewise.
@@ -112,7 +115,8 @@ def init(
         if ignore_reinit_error:
             return Context(present)
         raise RuntimeError(
-            "init() was called twice: pass ignore_reinit_error=True if that is intended, or call hpcray.shutdown() first"
+            "init() was called twice: pass ignore_reinit_error=True if that is intended, or call "
+            "hpcray.shutdown() first"
         )
     _check_init(num_cpus, num_gpus, resources, object_store_memory, namespace)
     from hpcray.launcher.connect import Wish, connect
@@ -129,8 +133,8 @@ def init(
                 platform.python_version(),
                 os.getpid(),
                 namespace or connection.namespace or str(uuid.uuid4()),
-                os.getcwd(),
-                [os.path.abspath(path or ".") for path in sys.path],
+                str(Path.cwd()),
+                [str(Path(path).absolute()) for path in sys.path],
                 log_to_driver and connection.log_to_driver,
             )
         )
@@ -147,9 +151,9 @@ def init(
 
 
 def _check_init(
-    num_cpus: float | None,
-    num_gpus: float | None,
-    resources: Mapping[str, float] | None,
+    num_cpus: Any,
+    num_gpus: Any,
+    resources: Any,
     object_store_memory: int | None,
     namespace: str | None,
 ) -> None:
@@ -160,7 +164,9 @@ def _check_init(
             raise TypeError(f"{name} must be a number, not {amount!r}")
         if amount < 0 or amount != int(amount):
             resource = name.removeprefix("num_")[:-1].upper()
-            raise ValueError(f"{name} (the resource {resource}) must be a whole number, nonnegative, not {amount!r}")
+            raise ValueError(
+                f"{name} (the resource {resource}) must be a whole number, nonnegative, not {amount!r}"
+            )
     if resources is not None and not isinstance(resources, Mapping):
         raise TypeError(f"resources must map names to numbers, not be {resources!r}")
     for name, amount in (resources or {}).items():
@@ -170,12 +176,14 @@ def _check_init(
             raise ValueError(f"the amount of resource {name!r} must be nonnegative, not {amount!r}")
     if object_store_memory is not None and object_store_memory < MINIMUM_STORE:
         raise ValueError(
-            f"object_store_memory={object_store_memory} is too small: the store needs at least {MINIMUM_STORE} bytes"
+            f"object_store_memory={object_store_memory} is too small: it takes at least {MINIMUM_STORE} bytes"
         )
     if namespace is not None and not isinstance(namespace, str):
         raise TypeError(f"namespace must be a string, not {namespace!r}")
     if namespace == "":
-        raise ValueError("namespace must not be the empty string: leave it out for a namespace of this driver's own")
+        raise ValueError(
+            "namespace must not be the empty string: leave it out for a namespace of this driver's own"
+        )
 
 
 class _LogPrinter:
@@ -235,8 +243,8 @@ class _Session:
 _session: _Session | None = None
 
 
-def shutdown(*, wait_for_processes: bool = False) -> None:
-    """Leave the job; one that `init` started here ends, with all its processes. Harmless without a connection."""
+def shutdown(*, wait_for_processes: bool = False) -> None:  # noqa: ARG001 - a parameter of Ray's
+    """Leave the job; one that `init` started here ends, with its processes. Harmless without a job."""
     global _session
     session, _session = _session, None
     if session is None or session.pid != os.getpid():
@@ -257,7 +265,7 @@ def is_initialized() -> bool:
 
 
 def remote(*args: Any, **options: Any) -> Any:
-    """Turn a function into a remote function, a class into an actor class; with options, a decorator that does.
+    """Turn a function into a remote function, a class into an actor class; or, with options, do so later.
 
     Raises:
         TypeError: Neither a function nor a class.
@@ -309,7 +317,9 @@ def get(object_refs: Any, *, timeout: float | None = None) -> Any:
     if isinstance(object_refs, ObjectRef):
         return require_client().get([object_refs.binary()], _timeout(timeout))[0]
     if not isinstance(object_refs, list):
-        raise ValueError(f"get() takes an ObjectRef or a list of ObjectRefs, not {type(object_refs)}: {object_refs!r}")
+        raise ValueError(
+            f"get() takes an ObjectRef or a list of ObjectRefs, not {type(object_refs)}: {object_refs!r}"
+        )
     for ref in object_refs:
         if not isinstance(ref, ObjectRef):
             raise TypeError(f"get() was called on a list that holds {ref!r}, which is not an ObjectRef")
@@ -329,14 +339,16 @@ def put(value: Any) -> ObjectRef[Any]:
     """
     if isinstance(value, ObjectRef):
         raise TypeError(
-            "put() of an ObjectRef is not allowed: it is a reference to a stored object already (wrap it in a list if a "
-            "reference to the reference is meant)"
+            "put() of an ObjectRef is not allowed: it refers to a stored object already (wrap it in a list "
+            "if a reference to the reference is meant)"
         )
     client = require_client()
     try:
         serialized = serialize(value)
     except Exception as error:
-        raise TypeError(f"could not serialize the put value {value!r:.200}: {explain(value, error)}") from error
+        raise TypeError(
+            f"could not serialize the put value {value!r:.200}: {explain(value, error)}"
+        ) from error
     return client.put(serialized)
 
 
@@ -376,7 +388,9 @@ def wait(
     if num_returns <= 0:
         raise ValueError(f"invalid number of objects to wait for: num_returns={num_returns}")
     if num_returns > len(ray_waitables):
-        raise ValueError(f"num_returns={num_returns} cannot be greater than the number of objects, {len(ray_waitables)}")
+        raise ValueError(
+            f"num_returns={num_returns} cannot be greater than the number of objects, {len(ray_waitables)}"
+        )
     identifiers = [ref.binary() for ref in ray_waitables]
     found = require_client().wait(identifiers, num_returns, timeout, fetch=fetch_local)
     ready = [ref for ref in ray_waitables if ref.binary() in found][:num_returns]
@@ -391,7 +405,9 @@ def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
         ValueError: Not an actor handle.
     """
     if not isinstance(actor, ActorHandle):
-        raise ValueError(f"kill() ends actors, not {type(actor)}: for tasks, try hpcray.cancel()")
+        raise ValueError(
+            f"kill() ends actors, not {type(actor)}: give it what .remote() of an actor class returned"
+        )
     require_client().send(m.Kill(actor._actor, no_restart))
 
 
@@ -443,5 +459,3 @@ def available_resources() -> dict[str, float]:
 def get_gpu_ids() -> list[str]:
     """Ids of the GPUs that this worker may use."""
     return hpcray.get_runtime_context().get_accelerator_ids()["GPU"]
-
-

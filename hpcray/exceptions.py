@@ -1,7 +1,7 @@
 """What hpcray raises, under Ray's names.
 
-Each class keeps its facts in fields, makes its text from them, and survives pickling. `RayTaskError` is special: what a
-caller catches is an instance of both `RayTaskError` and the user's own exception class.
+Each class keeps its facts in fields, makes its text from them, and survives pickling. `RayTaskError` is
+special: what a caller catches is an instance of both `RayTaskError` and the user's own exception class.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class InternalError(RayError):
     """A bug in hpcray: its own tables disagree."""
 
 
-# ----------------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------------------------ tasks
 class RayTaskError(RayError):
     """A task or actor method raised.
 
-    `get` raises it as an instance of the user's exception class too, named ``RayTaskError(ValueError)``; its `args` are
-    ``(cause,)`` then, and attributes that it lacks are the cause's.
+    `get` raises it as an instance of the user's exception class too, named ``RayTaskError(ValueError)``; its
+    `args` are ``(cause,)`` then, and attributes that it lacks are the cause's.
 
     Attributes:
         function_name: The remote function or `Class.method`.
@@ -71,12 +71,13 @@ class RayTaskError(RayError):
         return RayTaskError, self._fields
 
     def as_instanceof_cause(self) -> RayTaskError:
-        """This error as an instance of the user's exception class too, where that class can be subclassed so."""
+        """This error as an instance of the user's exception class too, where that class admits it."""
         cause = self.cause
-        if issubclass(RayTaskError, type(cause)):
+        cause_class: Any = type(cause)
+        if issubclass(RayTaskError, cause_class):
             return self
         try:
-            combined = _combined_class(type(cause))
+            combined = _combined_class(cause_class)
             error = combined.__new__(combined, *cause.args)
             BaseException.__init__(error, cause)
             _copy_slots(cause, error)
@@ -112,13 +113,16 @@ def _combined_class(cause_class: type[BaseException]) -> type[RayTaskError]:
     return type(name, (RayTaskError, cause_class), namespace)
 
 
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+
+
 def _copy_slots(cause: BaseException, error: BaseException) -> None:
-    """Copy what is in no `__dict__`, such as `errno` of an OSError: the class finds its own, empty, before the cause's."""
+    # What is in no `__dict__`, such as `errno` of an OSError: our own would be found first, empty.
     for cls in type(cause).__mro__:
         if cls in (BaseException, object):
             continue
         for name, member in vars(cls).items():
-            if isinstance(member, types.MemberDescriptorType | types.GetSetDescriptorType) and name[:2] != "__":
+            if isinstance(member, _SLOTS) and not name.startswith("__"):
                 try:
                     setattr(error, name, getattr(cause, name))
                 except (AttributeError, TypeError):
@@ -176,7 +180,7 @@ class RuntimeEnvSetupError(RayError):
     """A runtime environment could not be built."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- actors
+# ----------------------------------------------------------------------------------------------------- actors
 class RayActorError(RayError):
     """The actor died or could not be reached.
 
@@ -230,7 +234,7 @@ class AsyncioActorExit(RayError):
     """Raised inside an async actor to end it."""
 
 
-# --------------------------------------------------------------------------------------------------------------- objects
+# ---------------------------------------------------------------------------------------------------- objects
 class ObjectLostError(RayError):
     """The object's value cannot be had any more.
 
@@ -283,7 +287,7 @@ class ObjectRefStreamEndOfStreamError(RayError):
     """The generator task has no further value."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- system
+# ----------------------------------------------------------------------------------------------------- system
 class RaySystemError(RayError):
     """hpcray itself could not do what was asked (a value could not be unpickled, a connection broke)."""
 

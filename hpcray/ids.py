@@ -1,12 +1,12 @@
 """Identifiers, all plain `bytes`, so that they travel and hash as fast as Python can.
 
     TaskId    24 bytes: home rank (2) · job nonce (8) · client (4) · counter (10), big-endian
-    ObjectId  28 bytes: TaskId (24) · index (4); index 0 is a `put` (or an actor's handle), returns count from 1
+    ObjectId  28 bytes: TaskId (24) · index (4); index 0 is a `put` or an actor's handle, returns count from 1
     ActorId   24 bytes: the TaskId of the actor's creation; users see the 16 bytes of `shown_actor`
 
 Sizes of what users see are Ray's, since programs print and slice them.
-The home of an object is read from its id, so nobody has to be asked for it. The nonce is drawn once per job: a
-reference that outlived its job is recognised instead of naming some other object.
+The home of an object is read from its id, so nobody has to be asked for it. The nonce is drawn once per job:
+a reference that outlived its job is recognised instead of naming some other object.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def task_of(identifier: bytes) -> TaskId:
 
 
 def shown_actor(actor: bytes) -> bytes:
-    """The id of an actor as users see it: as long as Ray's, and still different from all others of its job."""
+    """The id of an actor as users see it: as long as Ray's, and unique in its job."""
     return actor[:2] + actor[10:14] + actor[-10:]
 
 

@@ -19,15 +19,17 @@ T = TypeVar("T")
 class ObjectRef(Generic[T]):
     """A reference to an object that exists or will exist; the object lives as long as somebody holds one.
 
-    Compares and hashes by id, may be passed to tasks and actors, stored in other objects, awaited, and pickled (which
-    keeps the object for the rest of the job, since hpcray cannot see where the pickle goes).
+    Compares and hashes by id, may be passed to tasks and actors, stored in other objects, awaited, and
+    pickled (which keeps the object for the rest of the job, since hpcray cannot see where the pickle goes).
     """
 
     __slots__ = ("__weakref__", "_client", "_id")
 
     def __init__(self, identifier: bytes) -> None:
-        if not isinstance(identifier, bytes) or len(identifier) != OBJECT_ID_SIZE:
-            raise ValueError(f"an ObjectRef is made of {OBJECT_ID_SIZE} bytes, not of {identifier!r}")
+        self._client: Client | None = None
+        given: Any = identifier
+        if not isinstance(given, bytes) or len(given) != OBJECT_ID_SIZE:
+            raise ValueError(f"an ObjectRef is made of {OBJECT_ID_SIZE} bytes, not of {given!r}")
         self._id = identifier
         from hpcray.client import current_client
 

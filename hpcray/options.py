@@ -1,4 +1,4 @@
-"""The options of remote functions and actors: names, types and defaults are Ray's; every wrong one is told at the call."""
+"""The options of remote functions and actors: names, types and defaults are Ray's."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_actor_options(options: Mapping[str, Any]) -> None:
 
 
 def check_method_options(options: Mapping[str, Any]) -> None:
-    """Refuse what a method call cannot be told; raises as `check_task_options`, but TypeError for unknown names."""
+    """Refuse what a method call cannot be told; as `check_task_options`, but TypeError for unknown names."""
     for key in options:
         if key not in _OF_METHODS:
             raise TypeError(f"{key!r} is not an option of actor methods; valid are {sorted(_OF_METHODS)}")
@@ -73,7 +73,6 @@ def check_method_options(options: Mapping[str, Any]) -> None:
 
 
 def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], kind: str) -> None:
-    value: Any
     for key, value in options.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -82,7 +81,7 @@ def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], ki
         if value is None:
             continue
         types = known[key]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types and object not in types):
+        if not _is_one_of(value, types):
             names = " or ".join(cls.__name__ for cls in types)
             raise TypeError(f"the option {key!r} must be {names}, not {type(value).__name__}: {value!r}")
         if key in ("num_cpus", "num_gpus", "memory"):
@@ -95,6 +94,11 @@ def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], ki
             raise ValueError(f"num_returns must be zero or more, not {value}")
         elif key.startswith("max_") and value < -1:
             raise ValueError(f"{key} must be -1 (for ever), zero or more, not {value}")
+
+
+def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
+    # To Python, True is an int.
+    return isinstance(value, types) and (not isinstance(value, bool) or bool in types or object in types)
 
 
 def _check_amount(name: str, value: float) -> None:
@@ -126,7 +130,8 @@ def _check_strategy(strategy: Any) -> None:
             raise ValueError(f"scheduling_strategy must be 'DEFAULT' or 'SPREAD', not {strategy!r}")
     elif not hasattr(strategy, "node_id"):
         raise TypeError(
-            f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a NodeAffinitySchedulingStrategy, not {strategy!r}"
+            f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a NodeAffinitySchedulingStrategy, "
+            f"not {strategy!r}"
         )
 
 
@@ -136,7 +141,10 @@ def _strategy(options: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if strategy == "SPREAD":
         return {"spread": True}
-    return {"node": ids.rank_of_node(strategy.node_id), "node_is_soft": bool(getattr(strategy, "soft", False))}
+    return {
+        "node": ids.rank_of_node(strategy.node_id),
+        "node_is_soft": bool(getattr(strategy, "soft", False)),
+    }
 
 
 def _retry_exceptions(value: Any) -> bytes | None:
@@ -162,7 +170,7 @@ def task_template(job: bytes, function: bytes, name: str, options: Mapping[str, 
 
 
 def actor_template(job: bytes, cls: bytes, name: str, options: Mapping[str, Any]) -> Template:
-    """The template of an actor class with checked options: 1 CPU to be placed and 0 to run, unless it says more."""
+    """The template of an actor class with checked options: by default 1 CPU to be placed, 0 to run."""
     running = _shape(options, 0)
     placement = {} if options.get("num_cpus") is not None else {**running, "CPU": shape_of({"CPU": 1})["CPU"]}
     return Template(
@@ -180,5 +188,3 @@ def actor_template(job: bytes, cls: bytes, name: str, options: Mapping[str, Any]
         ),
         **_strategy(options),
     )
-
-

@@ -1,14 +1,14 @@
-"""The bytes of an object: what they start with says how to read them. No pickle is opened here, so raylets may use it.
+"""The bytes of an object: the first says how to read them. Raylets read them too: no pickle is opened.
 
-    byte 0     kind
-    PICKLE     the pickle follows
-    BUFFERS    a header (`_HEADER`), the sizes of the out-of-band buffers (u64 each), the pickle, then each buffer on a
-               64-byte boundary counted from the start of the payload
-    RAW        the bytes of a `bytes` object follow
-    TASK_ERROR a pickled exception follows
-    SYSTEM_ERROR  msgpack [class name, arguments] of an exception that a raylet made
-    DEPENDENCY_ERROR  msgpack [name of a task, payload of the error of one of its arguments]
-    CREATION_ERROR  msgpack [actor id in hexadecimal, class name, payload of the error that its creation ended with]
+byte 0     kind
+PICKLE     the pickle follows
+BUFFERS    a header (`_HEADER`), the sizes of the out-of-band buffers (u64 each), the pickle, then each buffer
+           on a 64-byte boundary counted from the start of the payload
+RAW        the bytes of a `bytes` object follow
+TASK_ERROR a pickled exception follows
+SYSTEM_ERROR  msgpack [class name, arguments] of an exception that a raylet made
+DEPENDENCY_ERROR  msgpack [name of a task, payload of the error of one of its arguments]
+CREATION_ERROR  msgpack [actor id in hexadecimal, class name, payload of the error of its creation]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_error(payload: bytes) -> bool:
 
 
 def system_error(name: str, *arguments: Any) -> bytes:
-    """The payload of an exception that hpcray itself raises; `name` is one of `exceptions.from_description`."""
+    """The payload of an exception of hpcray's own; `name` is one of `exceptions.from_description`."""
     return bytes([SYSTEM_ERROR]) + msgspec.msgpack.encode([name, list(arguments)])
 
 
@@ -64,7 +64,7 @@ def actor_died(actor: bytes, cls: str, why: str) -> bytes:
 
 
 def creation_error(actor: bytes, cls: str, inner: bytes) -> bytes:
-    """The payload of what calls to an actor raise whose constructor, or an argument of it, failed with `inner`."""
+    """The payload of what calls to an actor raise whose constructor or its arguments failed with `inner`."""
     return bytes([CREATION_ERROR]) + msgspec.msgpack.encode([shown_actor(actor).hex(), cls, inner])
 
 
@@ -87,7 +87,9 @@ class Layout:
 
     def __init__(self, pickle: bytes, buffers: Sequence[memoryview]) -> None:
         sizes = [buffer.nbytes for buffer in buffers]
-        self.head = _HEADER.pack(BUFFERS, len(sizes), len(pickle)) + struct.pack(f"<{len(sizes)}Q", *sizes) + pickle
+        self.head = (
+            _HEADER.pack(BUFFERS, len(sizes), len(pickle)) + struct.pack(f"<{len(sizes)}Q", *sizes) + pickle
+        )
         self.buffers = buffers
         self.offsets: list[int] = []
         position = len(self.head)

@@ -48,8 +48,8 @@ class RemoteFunction:
             raise NotImplementedError(f"{function.__qualname__}: generator tasks are not supported yet")
         if inspect.iscoroutinefunction(function):
             raise ValueError(
-                f"{function.__qualname__} is an async def, which cannot be a remote function: wrap it in a plain one that "
-                "calls asyncio.run(), or make it a method of an actor"
+                f"{function.__qualname__} is an async def, which cannot be a remote function: wrap it "
+                "in a plain one that calls asyncio.run(), or make it a method of an actor"
             )
         self._function = function
         self._options = dict(options)
@@ -63,7 +63,10 @@ class RemoteFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         name = self._name
-        raise TypeError(f"Remote functions cannot be called directly. Instead of running '{name}()', try '{name}.remote()'.")
+        raise TypeError(
+            f"Remote functions cannot be called directly. Instead of running '{name}()', "
+            f"try '{name}.remote()'."
+        )
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function in the job. Blocks only to store large arguments.
@@ -84,7 +87,9 @@ class RemoteFunction:
         packed = pack_arguments(client, self._name, args, kwargs)
         task = client.new_task_id()
         returns = [ids.object_id(task, index) for index in range(1, num_returns + 1)]
-        refs = client.submit(m.Submit(task, template, packed.data, packed.dependencies, packed.nested), returns)
+        refs = client.submit(
+            m.Submit(task, template, packed.data, packed.dependencies, packed.nested), returns
+        )
         return refs[0] if num_returns == 1 else refs or None
 
     def options(self, **options: Any) -> RemoteFunctionWithOptions:

@@ -31,12 +31,14 @@ class ActorClass:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         name = self._description.name
-        raise TypeError(f"Actors cannot be instantiated directly. Instead of '{name}()', use '{name}.remote()'.")
+        raise TypeError(
+            f"Actors cannot be instantiated directly. Instead of '{name}()', use '{name}.remote()'."
+        )
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         raise TypeError(
-            f"{self._description.name} is an actor class and cannot be inherited from: derive from the plain class, then "
-            "decorate the result"
+            f"{self._description.name} is an actor class and cannot be inherited from: derive from the plain "
+            "class, then decorate the result"
         )
 
     def remote(self, *args: Any, **kwargs: Any) -> ActorHandle:
@@ -96,7 +98,9 @@ class ActorClass:
         try:
             identifier, blob = export(self._class)
         except Exception as error:
-            raise TypeError(f"could not serialize the actor class {name}: {explain(self._class, error)}") from error
+            raise TypeError(
+                f"could not serialize the actor class {name}: {explain(self._class, error)}"
+            ) from error
         client.define(identifier, blob)
         template = actor_template(client.job_definition, identifier, name, self._options)
         template_name = template_id(template)

@@ -14,7 +14,7 @@ from hpcray.worker.arguments import pack_arguments
 
 
 class ClassDescription:
-    """What a handle knows of its class: name, methods with signatures and numbers of returns. Travels with handles."""
+    """What a handle knows of its class: name, methods, numbers of returns. Travels with handles."""
 
     __slots__ = ("methods", "name")
 
@@ -41,8 +41,12 @@ class ClassDescription:
                 )
                 if is_first_positional:
                     signature = signature.replace(parameters=parameters[1:])
-            bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
-            # Defaults stay in the class: here only which parameters have one matters, and their values may not pickle.
+            bare = [
+                parameter.replace(annotation=inspect.Parameter.empty)
+                for parameter in signature.parameters.values()
+            ]
+            # Defaults stay in the class: here only which parameters have one matters, and their values may
+            # not pickle.
             plain = [p if p.default is p.empty else p.replace(default=None) for p in bare]
             signature = signature.replace(parameters=plain, return_annotation=inspect.Signature.empty)
             methods[name] = (signature, getattr(function, "__hpcray_num_returns__", 1))
@@ -100,7 +104,9 @@ class ActorMethod:
 
     __slots__ = ("_handle", "_name", "_num_returns", "_signature")
 
-    def __init__(self, handle: ActorHandle, name: str, signature: inspect.Signature | None, num_returns: int) -> None:
+    def __init__(
+        self, handle: ActorHandle, name: str, signature: inspect.Signature | None, num_returns: int
+    ) -> None:
         self._handle = handle
         self._name = name
         self._signature = signature
@@ -113,7 +119,7 @@ class ActorMethod:
         )
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method. Blocks only to store large arguments; calls of one caller run in the order of its calling.
+        """Call the method. Blocks only to store large arguments; calls of one caller run in its order.
 
         Returns:
             An `ObjectRef`; a list of them for `num_returns` > 1; None for 0.
@@ -129,7 +135,13 @@ class ActorMethod:
         task = client.new_task_id()
         returns = [ids.object_id(task, index) for index in range(1, self._num_returns + 1)]
         message = m.Call(
-            task, handle._actor, self._name, packed.data, packed.dependencies, packed.nested, self._num_returns
+            task,
+            handle._actor,
+            self._name,
+            packed.data,
+            packed.dependencies,
+            packed.nested,
+            self._num_returns,
         )
         refs = client.submit(message, returns)
         return refs[0] if self._num_returns == 1 else refs or None
@@ -142,4 +154,6 @@ class ActorMethod:
         """
         check_method_options(options)
         returns = options.get("num_returns")
-        return ActorMethod(self._handle, self._name, self._signature, self._num_returns if returns is None else returns)
+        return ActorMethod(
+            self._handle, self._name, self._signature, self._num_returns if returns is None else returns
+        )

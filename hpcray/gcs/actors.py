@@ -34,7 +34,19 @@ class ActorsOut(Protocol):
 class ActorRecord:
     """One actor, from its registration to the end of the job."""
 
-    __slots__ = ("error", "id", "incarnation", "is_detached", "is_wanted_dead", "key", "rank", "restarts", "state", "template", "watchers")
+    __slots__ = (
+        "error",
+        "id",
+        "incarnation",
+        "is_detached",
+        "is_wanted_dead",
+        "key",
+        "rank",
+        "restarts",
+        "state",
+        "template",
+        "watchers",
+    )
 
     def __init__(self, message: m.RegisterActor, restarts: int) -> None:
         self.id = message.actor
@@ -53,7 +65,9 @@ class ActorRecord:
 class Actors:
     """All actors of all jobs: pure."""
 
-    def __init__(self, nodes: dict[int, NodeView], template: Callable[[bytes], m.Template], out: ActorsOut) -> None:
+    def __init__(
+        self, nodes: dict[int, NodeView], template: Callable[[bytes], m.Template], out: ActorsOut
+    ) -> None:
         self._nodes = nodes
         self._template = template
         self._out = out
@@ -62,15 +76,19 @@ class Actors:
         """(namespace, name) → actor and its pickled handle."""
         self._pending: dict[bytes, None] = {}
         self._early_watchers: dict[bytes, set[int]] = {}
+        self._early_kills: set[bytes] = set()
+        """Actors that were killed before the arguments of their creation existed."""
         self._living: dict[int, int] = {}
         """Rank → actors that are starting or alive there."""
 
-    # ----------------------------------------------------------------------------------------------------------- names
+    # -------------------------------------------------------------------------------------------------- names
     def claim(self, namespace: str, name: str, actor: bytes, handle: bytes) -> bytes | None:
         """Reserve a name; the error's payload if it is taken."""
         if (namespace, name) in self.names:
             where = f"namespace {namespace!r}"
-            text = f"the name {name!r} is taken by another actor of {where}: hpcray.get_actor({name!r}) finds it"
+            text = (
+                f"the name {name!r} is taken by another actor of {where}: hpcray.get_actor({name!r}) finds it"
+            )
             return payload.system_error("ActorAlreadyExistsError", text)
         self.names[namespace, name] = (actor, handle)
         return None
@@ -80,13 +98,19 @@ class Actors:
         known = self.names.get((namespace, name))
         return known[1] if known else None
 
-    # ------------------------------------------------------------------------------------------------------- life cycle
+    # --------------------------------------------------------------------------------------------- life cycle
     def on_register(self, message: m.RegisterActor) -> None:
         spec = self._template(message.template)
         record = ActorRecord(message, spec.actor.max_restarts if spec.actor else 0)
         record.watchers |= self._early_watchers.pop(record.id, set())
         self.records[record.id] = record
+        if message.error is not None:
+            self._die(record, message.error)
+            return
         self._pending[record.id] = None
+        if record.id in self._early_kills:
+            self._early_kills.discard(record.id)
+            self.on_kill(record.id, no_restart=True)
 
     def place(self) -> None:
         """Give pending actors a node, each the fitting one with the fewest actors. Once per turn."""
@@ -141,7 +165,9 @@ class Actors:
         self._end(identifier, drain=True, why="its last handle went out of scope")
 
     def on_kill(self, identifier: bytes, *, no_restart: bool) -> None:
-        if no_restart:
+        if no_restart and identifier not in self.records:
+            self._early_kills.add(identifier)
+        elif no_restart:
             self._end(identifier, drain=False, why="it was ended by hpcray.kill()")
         elif (record := self.records.get(identifier)) is not None and record.state == ALIVE:
             self._out.send(record.rank, m.StopActor(identifier, drain=False))
@@ -181,7 +207,7 @@ class Actors:
             return None
         return record
 
-    # -------------------------------------------------------------------------------------------------------- watchers
+    # ----------------------------------------------------------------------------------------------- watchers
     def on_watch(self, identifier: bytes, rank: int) -> None:
         record = self.records.get(identifier)
         if record is None:
@@ -199,12 +225,13 @@ class Actors:
             self._out.send(record.rank, m.StopActor(record.id, drain=True))
 
     def _tell(self, record: ActorRecord, rank: int) -> None:
-        # Callers of an actor that is about to end wait for its end, rather than have their calls run after a kill.
+        # Callers of an actor that is about to end wait for its end, rather than have their calls run after a
+        # kill.
         is_coming_or_going = record.state == STARTING or (record.state == ALIVE and record.is_wanted_dead)
         state = PENDING if is_coming_or_going else record.state
         self._out.send(rank, m.ActorChanged(record.id, state, record.rank, record.incarnation, record.error))
 
-    # -------------------------------------------------------------------------------------------------------------- jobs
+    # --------------------------------------------------------------------------------------------------- jobs
     def end_job(self, is_of_job: Callable[[bytes], bool]) -> None:
         """End the actors of a job; detached ones stay."""
         for record in list(self.records.values()):

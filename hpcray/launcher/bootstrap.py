@@ -5,6 +5,7 @@ With `transport/mpi.py` the only module that imports mpi4py, and only where the 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import msgspec
 
@@ -27,15 +28,16 @@ import hpcray
 from hpcray import config as configuration
 from hpcray.ids import new_nonce
 from hpcray.launcher import attach, stdio
-from hpcray.launcher.connect import Connection
+from hpcray.launcher.connect import Connection, silence_interrupts
 from hpcray.launcher.environment import scrub
 from hpcray.launcher.mpirun import STOP_SIGNAL
 from hpcray.launcher.options import JobOptions
 from hpcray.launcher.roles import Launch, LaunchError, check_world, detect_launch, offers_cpus
 from hpcray.raylet.cgroup import read_limits
 from hpcray.raylet.core import NodeInfo
+from hpcray.raylet.descendants import die_with
 from hpcray.raylet.detect import RankMask, detect_cpus, detect_gpus, detect_memory, share, share_gpus
-from hpcray.raylet.leftovers import JobTraces, find_traces, remove_mpi_leftovers
+from hpcray.raylet.leftovers import find_traces
 from hpcray.raylet.processes import ForkServer
 from hpcray.raylet.server import RankServer
 from hpcray.resources import shape_of, to_float
@@ -126,6 +128,23 @@ def enter_world(launch: Launch) -> World:
     return world
 
 
+def enter_world_of_program(launch: Launch) -> World:
+    """As `enter_world`, for a program that itself uses MPI, and goes on doing so: mpi4py initialises and finalises it.
+
+    Raises:
+        LaunchError: As there, or MPI was initialised without the right to call it from another thread.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        return enter_world(launch)  # tells why, and what to do
+    if not MPI.Is_initialized():  # somebody has set mpi4py.rc.initialize before
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        atexit.register(_finalize_mpi)
+    _check_thread_level()
+    return enter_world(launch)
+
+
 # ------------------------------------------------------------------------------------------------------------------- ranks
 @dataclass
 class Rank:
@@ -133,13 +152,17 @@ class Rank:
 
     server: RankServer
     loop: EventLoop
+    forks: ForkServer
     world: World | None
     doorbell: Doorbell | None
     is_clean: bool = True
     """After `serve`: all ranks took their leave, so that MPI can be finalised without waiting for a dead one."""
 
     def serve(self) -> int:
-        """Serve until the job ends; its exit code. Blocks. The world can be left afterwards."""
+        """Serve until the job ends; its exit code. Blocks. The world can be left afterwards.
+
+        With MPI, the fork server stays until this process ends, and removes what an MPI that dies would leave.
+        """
         # What boot has made stays; the tables of a job hold many objects and few cycles, so look for these seldom.
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
@@ -156,6 +179,8 @@ class Rank:
         self.loop.close()
         for arena in self.server.arenas.values():
             arena.close()
+        if self.world is None:
+            self.forks.close()
         return code
 
 
@@ -173,6 +198,8 @@ def start_rank(options: JobOptions, world: World | None, forks: ForkServer | Non
     config = configuration.load()
     if forks is None:
         forks = ForkServer.start(os.environ)
+    if world:
+        forks.watch(find_traces(os.environ, Path("/proc/self/maps").read_text()))
     try:
         return _start_rank(options, config, world, forks)
     except BaseException:
@@ -196,7 +223,7 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
     )
     if world and doorbell is not None:
         _connect_ranks(world, server, loop, doorbell, arena, everybody)
-    return Rank(server, loop, world, doorbell)
+    return Rank(server, loop, forks, world, doorbell)
 
 
 def _introduce(options: JobOptions, doorbell: Doorbell | None) -> Introduction:
@@ -344,7 +371,6 @@ def serve_job(options: JobOptions) -> NoReturn:
     forks = ForkServer.start(os.environ)
     with _failing_cleanly(launch, forks):
         world = enter_world(launch) if launch.is_mpi and launch.size != 1 else None
-        traces = _watch_traces(world, forks)
         rank = start_rank(options, world, forks)
         server = rank.server
         _install_signal_handlers(rank)
@@ -359,7 +385,7 @@ def serve_job(options: JobOptions) -> NoReturn:
         code = rank.serve()
         if server.was_interrupted and server.rank == 0:
             print("hpcray: interrupted, the job has ended", file=sys.stderr, flush=True)
-        _leave(rank, traces, code)
+        _leave(rank, code)
 
 
 def _use_the_users_stdio() -> None:
@@ -368,15 +394,6 @@ def _use_the_users_stdio() -> None:
     for number, descriptor in enumerate(lent or ()):
         os.dup2(descriptor, number)
         os.close(descriptor)
-
-
-def _watch_traces(world: World | None, forks: ForkServer) -> JobTraces:
-    """Have the fork server remove what MPI leaves on this host, should this rank be killed."""
-    if world is None:
-        return JobTraces()
-    traces = find_traces(os.environ, Path("/proc/self/maps").read_text())
-    forks.watch(traces)
-    return traces
 
 
 def _say_hello(server: RankServer) -> None:
@@ -452,12 +469,12 @@ def _abort_mpi() -> None:
         module.COMM_WORLD.Abort(1)
 
 
-def _leave(rank: Rank, traces: JobTraces, code: int) -> NoReturn:
-    if rank.world is not None:
-        if rank.is_clean:
-            _finalize_mpi()
-            _exit_after_mpi(code)
-        remove_mpi_leftovers(traces)
+def _leave(rank: Rank, code: int) -> NoReturn:
+    if rank.world is not None and rank.is_clean:
+        # With its launcher dead, Open MPI may end the process here; the fork server then tidies up.
+        _finalize_mpi()
+        rank.forks.close()
+        _exit_after_mpi(code)
     _exit(code)
 
 
@@ -491,6 +508,7 @@ def join_by_fork(options: JobOptions) -> Connection:
     ours, theirs = socket.socketpair()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    rank = os.getpid()
     child = os.fork()
     if child:
         ours.close()
@@ -502,8 +520,12 @@ def join_by_fork(options: JobOptions) -> Connection:
         _serve_joined(options, launch, forks, take_driver)
     theirs.close()
     forks.disown()
+    # As if the fork server had started it: out of reach of what launchers send to a rank's group, gone with the rank.
+    os.setpgid(0, 0)
+    die_with(rank)
     for name in set(os.environ) - set(scrub(os.environ)):
         del os.environ[name]
+    silence_interrupts()
     return Connection(ours)
 
 
@@ -513,11 +535,10 @@ def _serve_joined(
     _die_with_launcher(launch)
     with _failing_cleanly(launch, forks):
         world = enter_world(launch)
-        traces = _watch_traces(world, forks)
         rank = start_rank(options, world, forks)
         _install_signal_handlers(rank)
         take_driver(rank.server)
-        _leave(rank, traces, rank.serve())
+        _leave(rank, rank.serve())
     raise AssertionError("a rank left its service")
 
 
@@ -525,6 +546,7 @@ def join_in_thread(options: JobOptions) -> Connection:
     """`init()` after `from mpi4py import MPI`: rank 0 serves in a thread of the driver, the others serve and end here."""
     from mpi4py import MPI
 
+    _die_with_launcher(detect_launch(os.environ))
     if MPI.COMM_WORLD.Get_rank() != 0:
         code = serve_world(options)
         MPI.Finalize()
@@ -534,29 +556,46 @@ def join_in_thread(options: JobOptions) -> Connection:
     return connection
 
 
-def serve_world(options: JobOptions) -> int:
-    """Serve as one of the other ranks of an MPI that is initialised already, until rank 0 ends the job. Collective."""
+def serve_world(options: JobOptions, *, goes_on: bool = False) -> int:
+    """Serve as one of the other ranks of an MPI that is initialised already, until rank 0 ends the job. Collective.
+
+    Args:
+        options: How the job was asked for.
+        goes_on: Whether this process has other uses for MPI afterwards.
+    """
     launch = detect_launch(os.environ)
-    return start_rank(options, enter_world(launch)).serve()
+    rank = start_rank(options, enter_world(launch))
+    # A Ctrl-C is for the script, which is in rank 0's process.
+    with _signals_ignored(signal.SIGINT):
+        return _serve_or_abort(rank, goes_on, sys.stderr)
 
 
-def serve_in_thread(options: JobOptions) -> Connection:
+@contextlib.contextmanager
+def _signals_ignored(*signums: signal.Signals) -> Iterator[None]:
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def serve_in_thread(options: JobOptions, *, goes_on: bool = False, console: TextIO = sys.stderr) -> Connection:
     """Serve as rank 0 in a background thread; its driver is this very process. Collective with `serve_world`.
+
+    Args:
+        options: How the job was asked for.
+        goes_on: Whether the other ranks have other uses for MPI after the job.
+        console: Where a bug is told before it ends all ranks.
 
     Raises:
         LaunchError: MPI was initialised without the right to call it from another thread.
     """
-    from mpi4py import MPI
-
-    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
-        raise LaunchError(
-            "MPI was initialised for one thread, but hpcray serves it in another: import hpcray and call init() before "
-            "mpi4py.MPI, or set mpi4py.rc.thread_level = 'multiple'"
-        )
+    _check_thread_level()
     rank = start_rank(options, enter_world(detect_launch(os.environ)))
     ours, theirs = socket.socketpair()
     rank.server.add_driver(theirs, is_primary=True)
-    thread = threading.Thread(target=rank.serve, name="hpcray-rank-0", daemon=True)
+    thread = threading.Thread(target=_serve_or_abort, args=(rank, goes_on, console), name="hpcray-rank-0", daemon=True)
     thread.start()
 
     def end() -> None:
@@ -564,6 +603,29 @@ def serve_in_thread(options: JobOptions) -> Connection:
         thread.join()
 
     return Connection(ours, end)
+
+
+def _check_thread_level() -> None:
+    from mpi4py import MPI
+
+    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        raise LaunchError(
+            "MPI was initialised for one thread, but hpcray serves it in another: import hpcray and call init() before "
+            "mpi4py.MPI, or set mpi4py.rc.thread_level = 'multiple'"
+        )
+
+
+def _serve_or_abort(rank: Rank, goes_on: bool, console: TextIO) -> int:
+    try:
+        code = rank.serve()
+    except Exception:
+        traceback.print_exc(file=console)
+        console.flush()
+        _abort_mpi()
+        raise
+    if goes_on:
+        rank.forks.close()
+    return code
 
 
 _exit_code = 0

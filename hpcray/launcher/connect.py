@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import TracebackType
 
 from hpcray.launcher import attach
 from hpcray.launcher.environment import DRIVER_SOCKET, parse_driver_socket, scrub
@@ -77,6 +78,8 @@ def connect(wish: Wish) -> Connection:
                     file=sys.stderr,
                 )
             return inherited
+        if start_on_ranks is not None:
+            return start_on_ranks(wish.as_options())
         launch = detect_launch(os.environ)
         if launch.is_mpi and launch.size != 1 and not _JOINED:
             _JOINED.append(True)
@@ -84,6 +87,8 @@ def connect(wish: Wish) -> Connection:
     return _start_local(wish)
 
 
+start_on_ranks: Callable[[JobOptions], Connection] | None = None
+"""Where the other ranks of this process's MPI job wait to serve, as often as it likes (`hpcray.testing`): starts a job there."""
 _JOINED: list[bool] = []
 """Non-empty once this process's MPI job was joined: its other ranks have left by then, so the next job is local."""
 
@@ -101,8 +106,20 @@ def _inherited_socket() -> Connection | None:
     except OSError:
         return None  # a child process of the script, started with its environment but not its socket
     os.set_inheritable(fd, False)
+    silence_interrupts()
     sock = socket.socket(fileno=fd)
     return Connection(sock, namespace=settings.get("namespace"), log_to_driver=settings.get("log_to_driver", True))
+
+
+def silence_interrupts() -> None:
+    """Let this script end by a Ctrl-C without a traceback: its job says in one line that it was interrupted."""
+    hook = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            hook(kind, error, trace)
+
+    sys.excepthook = show
 
 
 def _start_local(wish: Wish) -> Connection:

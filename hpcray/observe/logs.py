@@ -1,8 +1,8 @@
 """Workers' lines at the driver: their prefix, and the folding of repeated ones. Pure.
 
-Programs that run the same function a thousand times print the same line a thousand times. A line that was shown less than
-`WINDOW` ago is counted instead, and the count shown when the window is over. Between workers, numbers aside ("epoch 3"
-of ten workers is one line); in the lines of one worker, numbers matter.
+Programs that run the same function a thousand times print the same line a thousand times. A line that was
+shown less than `WINDOW` ago is counted instead, and the count shown when the window is over. Between workers,
+numbers aside ("epoch 3" of ten workers is one line); in the lines of one worker, numbers matter.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ _DIGITS = re.compile(r"\d+")
 
 
 class _Repeated:
-    __slots__ = ("count", "first", "last", "lines", "since", "source")
+    __slots__ = ("count", "last", "lines", "own", "since", "source")
 
     def __init__(self, since: float, lines: LogLines, line: str) -> None:
         self.since = since
         self.count = 0
         self.source = _source(lines)
-        self.first = line
+        self.own = line
+        """The latest line of the worker that began."""
         self.last = line
         self.lines = lines
-        """Whom the last one came from."""
+        """Whom the latest repetition came from."""
 
 
 class LogFolder:
@@ -59,7 +60,10 @@ class LogFolder:
                     printed += self._close(next(iter(self._known)))
                 self._known[key] = _Repeated(now, lines, line)
                 printed.append((lines.is_error, _with_prefix(lines, line)))
-            elif line != known.first and known.source == _source(lines):
+            elif line != known.own and known.source == _source(lines):
+                if known.source == _source(known.lines):
+                    printed += self._report(known)
+                known.own = line
                 printed.append((lines.is_error, _with_prefix(lines, line)))
             else:
                 known.count += 1
@@ -76,14 +80,17 @@ class LogFolder:
             yield from self._close(oldest)
 
     def _close(self, key: str) -> list[tuple[bool, str]]:
-        known = self._known.pop(key)
+        return self._report(self._known.pop(key))
+
+    def _report(self, known: _Repeated) -> list[tuple[bool, str]]:
         if not known.count:
             return []
-        hint = "" if self._has_hinted else " (HPCRAY_DEDUP_LOGS=0 shows every line)"
-        self._has_hinted = True
         text = _with_prefix(known.lines, known.last)
         if known.count > 1:
+            hint = "" if self._has_hinted else " (HPCRAY_DEDUP_LOGS=0 shows every line)"
+            self._has_hinted = True
             text += f" [repeated {known.count}x across cluster]{hint}"
+        known.count = 0
         return [(known.lines.is_error, text)]
 
     @property

@@ -546,13 +546,18 @@ class GrantReturned(Message, tag=102):
 
 
 class RegisterActor(Message, tag=103):
-    """The actor's home asks for a place; the answer is `PlaceActor`, or `ActorChanged` with its failure."""
+    """The actor's home asks for a place; the answer is `PlaceActor`, or `ActorChanged` with its failure.
+
+    With an `error`, the actor is dead from the start: an argument of its creation failed, or its last handle was gone
+    before they existed.
+    """
 
     actor: bytes
     template: bytes
     name: str
     namespace: str
     detached: bool
+    error: bytes | None = None
 
 
 class ActorStarted(Message, tag=104):

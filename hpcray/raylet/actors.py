@@ -1,7 +1,8 @@
 """The hosting side of actors: the actors whose workers live on this raylet.
 
 Rules:
-  1. Calls reach the worker in the order in which each caller's raylet sent them, even if a later one's arguments came first.
+  1. Calls reach the worker in the order in which each caller's raylet sent them, even if a later one's
+     arguments came first.
   2. Every call that arrived is answered: by the worker, or with the reason of the actor's death.
   3. The end of an actor's worker is reported to the GCS once per incarnation, after its calls were answered.
 """
@@ -14,7 +15,7 @@ from typing import Protocol
 from hpcray import payload
 from hpcray.ids import prefix_of
 from hpcray.protocol import messages as m
-from hpcray.raylet.clients import Worker, Work
+from hpcray.raylet.clients import Work, Worker
 from hpcray.raylet.pool import Pool
 
 
@@ -32,7 +33,17 @@ class HostOut(Protocol):
 class HostedActor:
     """One incarnation of an actor here."""
 
-    __slots__ = ("home", "id", "incarnation", "init_error", "is_alive", "queues", "template", "wanted_end", "worker")
+    __slots__ = (
+        "home",
+        "id",
+        "incarnation",
+        "init_error",
+        "is_alive",
+        "queues",
+        "template",
+        "wanted_end",
+        "worker",
+    )
 
     def __init__(self, identifier: bytes, incarnation: int, template: bytes) -> None:
         self.id = identifier
@@ -60,17 +71,24 @@ class HostedActors:
     def on_start(self, message: m.StartActor, home: int) -> None:
         actor = HostedActor(message.actor, message.incarnation, message.template)
         self.actors[message.actor] = actor
-        self._pool.accept(
-            Work(
-                message.actor,
-                home,
-                message.incarnation,
-                message.template,
-                message.arguments,
-                message.dependencies,
-                actor=message.actor,
-            )
+        work = Work(
+            message.actor,
+            home,
+            message.incarnation,
+            message.template,
+            message.arguments,
+            message.dependencies,
+            actor=message.actor,
         )
+
+        def begin() -> None:
+            if self.actors.get(actor.id) is actor:
+                self._pool.push(work)
+            else:
+                self._pool.release_arguments(work)  # it was ended while they were on their way
+
+        if self._pool.has_arguments(work, begin):
+            self._pool.push(work)
 
     def on_started(self, worker: Worker, message: m.ActorReady) -> None:
         """`__init__` returned, or raised."""
@@ -191,13 +209,14 @@ class HostedActors:
         del self.actors[actor.id]
         self._epitaphs[actor.id] = error
         actor.is_alive = False
-        for queue in actor.queues.values():
+        for caller, queue in list(actor.queues.items()):
+            # Calls whose arguments are on their way are answered when these arrive, by `_give`.
+            actor.queues[caller] = deque(work for work in queue if work.missing)
             for work in queue:
                 if not work.missing:
                     self._pool.release_arguments(work)
                     self._out.could_not_run(work, error)
-        # Calls whose arguments are on their way are answered when these arrive, by `_give`.
-        if actor.init_error is not None or (not actor.wanted_end and actor.worker is None):
+        if actor.init_error is not None:
             self._out.to_gcs(m.ActorStarted(actor.id, actor.incarnation, error))
         else:
             self._out.to_gcs(m.ActorEnded(actor.id, actor.incarnation, error))

@@ -1,11 +1,13 @@
 """The caller's side of actors: creations and calls that clients of this raylet asked for.
 
-Calls of one client to one actor form a queue. Its head is sent when the actor is alive and the head's arguments exist; a
-head that waits holds up the ones behind it, so each caller's calls arrive in the order of its calling.
+Calls of one client to one actor form a queue. Its head is sent when the actor is alive and the head's
+arguments exist; a head that waits holds up the ones behind it, so each caller's calls arrive in the order of
+its calling.
 
 Rules:
   1. A call is in exactly one place: queued, or sent. Each ends with results or an error, whatever dies.
-  2. Sent calls are answered by the hosting raylet; queued ones fail here when the GCS says that the actor is dead.
+  2. Sent calls are answered by the hosting raylet; queued ones fail here when the GCS says that the actor is
+     dead.
   3. A call holds the actor's handle until it is answered, so an actor never ends with calls under way.
 """
 
@@ -59,11 +61,14 @@ class Calls:
         self.sent: dict[bytes, PendingCall] = {}
         self.created: dict[bytes, m.CreateActor] = {}
         """Actors homed here that are not dead: their creation may have to be sent (again)."""
+        self._unregistered: set[bytes] = set()
+        """Those of which the GCS knows nothing yet, as arguments of their creation do not exist."""
 
-    # -------------------------------------------------------------------------------------------------------- creation
+    # ----------------------------------------------------------------------------------------------- creation
     def on_create(self, message: m.CreateActor) -> None:
         actor = message.actor
         self.created[actor] = message
+        self._unregistered.add(actor)
         self.views[actor] = ActorView()
         handle = self._table.create(object_id(actor, 0))
         self._table.set_inline(handle.id, payload.NONE, [])
@@ -86,19 +91,29 @@ class Calls:
             self._register(message)
 
     def _unreferenced(self, actor: bytes) -> None:
-        if actor in self.created:
+        if actor in self._unregistered:
+            name = self._out.template(self.created[actor].template).name
+            why = "its last handle went out of scope, before it had started."
+            self._register(self.created[actor], payload.actor_died(actor, name, why))
+        elif actor in self.created:
             self._out.to_gcs(m.ActorUnreferenced(actor))
 
-    def _register(self, message: m.CreateActor) -> None:
-        self._out.push_definitions(0, message.template)
-        if (error := dependency_error(self._table, message.dependencies)) is not None:
-            cls = self._out.template(message.template).name
-            reason = payload.creation_error(message.actor, cls, payload.dependency_error(f"{cls}.__init__", error))
-            self.on_changed(m.ActorChanged(message.actor, "dead", -1, 0, reason))
+    def _register(self, message: m.CreateActor, reason: bytes | None = None) -> None:
+        if message.actor not in self._unregistered:
             return
-        self._out.warn_if_infeasible(self._out.template(message.template))
+        self._unregistered.discard(message.actor)
+        self._out.push_definitions(0, message.template)
+        if reason is None and (error := dependency_error(self._table, message.dependencies)) is not None:
+            cls = self._out.template(message.template).name
+            reason = payload.creation_error(
+                message.actor, cls, payload.dependency_error(f"{cls}.__init__", error)
+            )
+        if reason is None:
+            self._out.warn_if_infeasible(self._out.template(message.template))
         self._out.to_gcs(
-            m.RegisterActor(message.actor, message.template, message.name, message.namespace, message.detached)
+            m.RegisterActor(
+                message.actor, message.template, message.name, message.namespace, message.detached, reason
+            )
         )
 
     def on_place(self, message: m.PlaceActor) -> None:
@@ -109,10 +124,12 @@ class Calls:
         dependencies = describe_dependencies(self._table, creation.dependencies)
         self._out.send(
             message.rank,
-            m.StartActor(message.actor, message.incarnation, creation.template, creation.arguments, dependencies),
+            m.StartActor(
+                message.actor, message.incarnation, creation.template, creation.arguments, dependencies
+            ),
         )
 
-    # ----------------------------------------------------------------------------------------------------------- calls
+    # -------------------------------------------------------------------------------------------------- calls
     def on_call(self, message: m.Call) -> None:
         for index in range(1, message.num_returns + 1):
             self._table.create(object_id(message.task, index))
@@ -153,7 +170,9 @@ class Calls:
     def _send(self, view: ActorView, call: PendingCall) -> None:
         message = call.message
         self.sent[message.task] = call
-        dependencies = describe_dependencies(self._table, message.dependencies) if message.dependencies else []
+        dependencies = (
+            describe_dependencies(self._table, message.dependencies) if message.dependencies else []
+        )
         self._out.send(
             view.rank,
             m.ExecuteCall(
@@ -174,7 +193,7 @@ class Calls:
             view.state = "pending"
         self._out.to_gcs(m.KillActor(message.actor, message.no_restart))
 
-    # ------------------------------------------------------------------------------------------------------------ news
+    # --------------------------------------------------------------------------------------------------- news
     def on_changed(self, message: m.ActorChanged) -> None:
         view = self.views.get(message.actor)
         if view is None:
@@ -232,5 +251,3 @@ class Calls:
         self._table.drop(object_id(message.actor, 0))
         for identifier in (*message.dependencies, *message.nested):
             self._table.drop(identifier)
-
-

@@ -477,10 +477,14 @@ class RayletCore:
 
     # ------------------------------------------------------------------------------------------------------ executing
     def _on_execute(self, home: int, message: m.Execute) -> None:
-        self._granted_classes[message.template] = self._granted_classes.get(message.template, 0) + 1
+        self.count_arrival(message.template)
         self.pool.accept(
             Work(message.task, home, message.attempt, message.template, message.arguments, message.dependencies)
         )
+
+    def count_arrival(self, template: bytes) -> None:
+        """A task that the GCS granted to this rank is here: the place it was given is taken."""
+        self._granted_classes[template] = self._granted_classes.get(template, 0) + 1
 
     def _on_execute_call(self, home: int, message: m.ExecuteCall) -> None:
         self.hosted.on_call(message, home)

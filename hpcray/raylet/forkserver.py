@@ -67,6 +67,8 @@ class SpawnDriver(msgspec.Struct, tag=2, array_like=True):
     argv: list[str]
     env: dict[str, str] | None
     cwd: str
+    own_group: bool
+    """Whether it leads a process group of its own; else it joins the rank's, for the terminal's sake."""
 
 
 class Signal(msgspec.Struct, tag=3, array_like=True):
@@ -80,6 +82,10 @@ class Watch(msgspec.Struct, tag=4, array_like=True):
     """Rank → fork server: what to remove if the rank dies; the last one counts."""
 
     traces: JobTraces
+
+
+class EndChildren(msgspec.Struct, tag=5, array_like=True):
+    """Rank → fork server: end workers, driver and what they started; answered by `ChildrenEnded`."""
 
 
 class Spawned(msgspec.Struct, tag=1, array_like=True):
@@ -103,8 +109,12 @@ class Exited(msgspec.Struct, tag=3, array_like=True):
     status: int
 
 
-Request = SpawnWorker | SpawnDriver | Signal | Watch
-Reply = Spawned | SpawnFailed | Exited
+class ChildrenEnded(msgspec.Struct, tag=4, array_like=True):
+    """Fork server → rank: no descendant is left."""
+
+
+Request = SpawnWorker | SpawnDriver | Signal | Watch | EndChildren
+Reply = Spawned | SpawnFailed | Exited | ChildrenEnded
 
 DRIVER_GRACE = 2.0  # seconds between SIGTERM and SIGKILL for a driver whose rank is gone
 END_LIMIT = 10.0  # seconds after which unkillable (disk-sleep) processes are given up
@@ -135,7 +145,7 @@ class Server:
         self._drivers: dict[int, subprocess.Popen[bytes]] = {}
         self._ended_workers: set[int] = set()
         self._traces = JobTraces()
-        # The rank's group may be the terminal's foreground group: the driver belongs there, while this
+        # The rank's group may be the terminal's foreground group: there the driver belongs to it, while this
         # process must survive what launchers send to the whole group (Open MPI: SIGKILL), to clean up.
         self._rank_group = os.getpgrp()
         os.setpgid(0, 0)
@@ -168,6 +178,10 @@ class Server:
 
     def end(self) -> None:
         """End every descendant and remove what a dead rank's MPI left. Blocks, mostly for milliseconds."""
+        self._end_children()
+        remove_mpi_leftovers(self._traces)
+
+    def _end_children(self) -> None:
         for pid in self._drivers:
             kill(pid, signal.SIGTERM)
         for pid in self._workers:
@@ -184,7 +198,6 @@ class Server:
             poller.poll(50)
             self._drain_wakeup()
             now = time.monotonic()
-        remove_mpi_leftovers(self._traces)
 
     def forget(self) -> None:
         """In a forked worker: let go of descriptors that are about to be closed by number."""
@@ -201,6 +214,9 @@ class Server:
             elif isinstance(request, Signal):
                 if request.pid in self._workers or request.pid in self._drivers:
                     kill(request.pid, request.signum)
+            elif isinstance(request, EndChildren):
+                self._end_children()
+                self._reply(ChildrenEnded())
             else:
                 self._traces = request.traces
         except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -229,7 +245,7 @@ class Server:
         parent = os.getpid()
 
         def prepare() -> None:
-            os.setpgid(0, self._rank_group)
+            os.setpgid(0, 0 if request.own_group else self._rank_group)
             for signum in (*_IGNORED, signal.SIGCHLD):
                 signal.signal(signum, signal.SIG_DFL)
             die_with(parent)

@@ -60,9 +60,9 @@ class Pool:
     # ------------------------------------------------------------------------------------------------------------ work
     def accept(self, work: Work) -> None:
         """Take over a piece of work: fetch its arguments, then queue it."""
-        if work.dependencies and not self.has_arguments(work, lambda: self._push(work)):
+        if work.dependencies and not self.has_arguments(work, lambda: self.push(work)):
             return
-        self._push(work)
+        self.push(work)
 
     def has_arguments(self, work: Work, then: Callable[[], None]) -> bool:
         """True if all arguments are on this node; else they are fetched and `then()` is called."""
@@ -83,7 +83,8 @@ class Pool:
             self.fetching += 1
         return work.missing == 0
 
-    def _push(self, work: Work) -> None:
+    def push(self, work: Work) -> None:
+        """Queue work whose arguments are here."""
         queue = self.ready.get(work.template)
         if queue is None:
             queue = self.ready[work.template] = deque()

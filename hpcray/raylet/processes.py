@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import array
+import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -13,6 +15,8 @@ import msgspec
 from hpcray.launcher.environment import scrub
 from hpcray.raylet.forkserver import (
     MAX_MESSAGE,
+    ChildrenEnded,
+    EndChildren,
     Exited,
     Reply,
     Request,
@@ -41,6 +45,7 @@ class ForkServer:
         self._sock = sock
         self._decoder = msgspec.msgpack.Decoder(Reply)
         self._ended = False
+        self._children_ended = False
 
     @classmethod
     def start(cls, env: Mapping[str, str], *, worker: str | None = None) -> ForkServer:
@@ -84,21 +89,31 @@ class ForkServer:
         self._send(SpawnWorker(token), (sock_fd, out_fd, err_fd))
 
     def spawn_driver(
-        self, token: int, argv: Sequence[str], env: Mapping[str, str] | None, cwd: str, sock_fd: int
+        self,
+        token: int,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None,
+        cwd: str,
+        sock_fd: int,
+        *,
+        own_group: bool = False,
     ) -> None:
         """Ask for the driver process; `Spawned` or `SpawnFailed` with this token follows.
 
         Args:
             token: Comes back in the answer.
-            argv: Program and arguments. It gets the rank's stdin, stdout, stderr and process group.
+            argv: Program and arguments. It gets the rank's stdin, stdout and stderr.
             env: Laid over the scrubbed environment given to `start`.
             cwd: Its working directory.
             sock_fd: The driver's socket, found by `HPCRAY_DRIVER`. Copied, the caller closes its own.
+            own_group: Keep from it what is sent to the rank's process group. Not where the rank may have been
+                started from a terminal: only the foreground group may read from that.
 
         Raises:
             OSError: The request is too large for a socket message (about 200 KB).
         """
-        self._send(SpawnDriver(token, list(argv), None if env is None else dict(env), cwd), (sock_fd,))
+        request = SpawnDriver(token, list(argv), None if env is None else dict(env), cwd, own_group)
+        self._send(request, (sock_fd,))
 
     def signal(self, pid: int, signum: int) -> None:
         """Send a signal to a worker or the driver; does nothing if it has ended."""
@@ -119,7 +134,11 @@ class ForkServer:
             except ConnectionError:
                 message = b""
             if message:
-                events.append(self._decoder.decode(message))
+                reply = self._decoder.decode(message)
+                if isinstance(reply, ChildrenEnded):
+                    self._children_ended = True
+                else:
+                    events.append(reply)
             else:
                 self._ended = True
                 events.append(ServerEnded())
@@ -131,11 +150,24 @@ class ForkServer:
         self._sock.close()
         self._process.returncode = 0  # or its finalizer would look for a child that is none of ours
 
-    def close(self, timeout: float = 15.0) -> None:
-        """Kill all workers, the driver and what they started; block until they are gone.
+    def end_children(self, timeout: float = 15.0) -> None:
+        """Kill all workers, the driver and what they started; block until they are gone. What `read` missed is lost.
 
-        The driver gets SIGTERM and 2 seconds first. MPI's files stay: they are for `MPI_Finalize` or, if
-        there will be none, for `remove_mpi_leftovers`.
+        The driver gets SIGTERM and 2 seconds first. The fork server itself stays, to tidy up should the rank die
+        on its further way out.
+        """
+        self._send(EndChildren())
+        deadline = time.monotonic() + timeout
+        while not (self._children_ended or self._ended):
+            if not select.select([self._sock], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                self._process.kill()
+                return
+            self.read()
+
+    def close(self, timeout: float = 15.0) -> None:
+        """As `end_children`; then end the fork server too.
+
+        MPI's files stay: they are for `MPI_Finalize` or, if there will be none, for `remove_mpi_leftovers`.
 
         Args:
             timeout: Seconds; after them the fork server itself is killed, and its workers with it.

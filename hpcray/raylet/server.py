@@ -43,8 +43,9 @@ from hpcray.worker.functions import content_id
 if TYPE_CHECKING:
     from hpcray.transport.mpi import MpiTransport
 
-TERMINAL_DELAY = 0.5
-"""Seconds that a script has to end after a Ctrl-C of its terminal, before it is told again."""
+TERMINAL_DELAY = 1.0
+"""Seconds that a script has to end after a Ctrl-C of its terminal, before it is told again: that one may have been a
+signal for this process alone."""
 DRIVER_TOKEN = 0
 """The fork server's token for the driver; clients count from 1."""
 PREFAULT_PAUSE = 0.02
@@ -84,6 +85,7 @@ class RankServer:
         self.loop = loop
         self.exit_code: int | None = None
         self.was_interrupted = False
+        self._is_stopping = False
         self.address = address_of(nonce)
         self.arena = arena
         self.arenas: dict[int, Arena] = {rank: arena}
@@ -154,7 +156,7 @@ class RankServer:
             self.loop.remove_reader(self._listener.fileno())
             self._listener.close()
         self.loop.remove_reader(self._forks.fd)
-        self._forks.close()
+        self._forks.end_children()
         for channel in list(self._channels.values()):
             channel.close()
         if self._logs is not None:
@@ -322,7 +324,7 @@ class RankServer:
         """Start the script that this job is for; its exit is the job's end. `settings` are for its `init`."""
         ours, theirs = socket.socketpair()
         self.add_driver(ours, is_primary=True)
-        self._forks.spawn_driver(DRIVER_TOKEN, argv, {DRIVER_SETTINGS: json.dumps(settings)}, os.getcwd(), theirs.fileno())
+        self._forks.spawn_driver(DRIVER_TOKEN, argv, {DRIVER_SETTINGS: json.dumps(settings)}, os.getcwd(), theirs.fileno(), own_group=not self._has_terminal)
         theirs.close()
 
     def watch_driver(self, pid: int) -> None:
@@ -438,20 +440,31 @@ class RankServer:
         """The job was told to stop (Ctrl-C, SIGTERM): the script first, everything after a grace."""
         if self.rank != 0 or self.exit_code is not None:
             return
+        if self._is_stopping:
+            if signum == signal.SIGTERM:  # the launcher's patience is over
+                self.end_job(128 + signum)
+            return
+        self._is_stopping = True
         if signum == STOP_SIGNAL:
             # `hpcray run -n` has been interrupted, and has said so.
-            signum, delay = signal.SIGINT, 0.0
+            signum = signal.SIGINT
         else:
             self.was_interrupted = True
-            # A terminal's Ctrl-C reaches the script by itself; a second one would interrupt its cleaning up.
-            delay = TERMINAL_DELAY if signum == signal.SIGINT else 0.0
         code = 128 + signum
         if self._driver_pid is None:
             self.end_job(code)
             return
+        # A terminal's Ctrl-C reaches the script by itself; a second one would interrupt its cleaning up.
+        delay = TERMINAL_DELAY if signum == signal.SIGINT and self._has_terminal else 0.0
         now = monotonic()
         self.loop.call_at(now + delay, lambda: self.signal_driver(signum))
-        self.loop.call_at(now + delay + self._config.shutdown_grace, lambda: self.end_job(code))
+        self.loop.call_at(now + self._config.shutdown_grace, lambda: self.end_job(code))
+
+    @property
+    def _has_terminal(self) -> bool:
+        """Whether the script belongs to this process's group, for its terminal's sake: not under an MPI launcher, which
+        may signal that whole group."""
+        return self.transport is None
 
 
 class _GcsOut:

@@ -36,6 +36,7 @@ class TasksOut(Protocol):
     def to_gcs(self, message: m.PeerMessage) -> None: ...
     def push_definitions(self, rank: int, template: bytes) -> None: ...
     def template(self, identifier: bytes) -> m.Template: ...
+    def count_arrival(self, template: bytes) -> None: ...
     def warn_if_infeasible(self, template: m.Template) -> None: ...
 
 
@@ -66,6 +67,8 @@ class Tasks:
         self._out = out
         self.tasks: dict[bytes, Task] = {}
         self.queues: dict[bytes, deque[Task]] = {}
+        self._looked_at: set[bytes] = set()
+        """Classes whose demand was compared with what the job has."""
         self._asked: dict[bytes, int] = {}
         """Per class, how many tasks the GCS believes to be waiting here."""
 
@@ -100,7 +103,9 @@ class Tasks:
         queue = self.queues.get(task.template)
         if queue is None:
             queue = self.queues[task.template] = deque()
-            self._out.warn_if_infeasible(self._out.template(task.template))
+            if task.template not in self._looked_at:
+                self._looked_at.add(task.template)
+                self._out.warn_if_infeasible(self._out.template(task.template))
         queue.append(task)
 
     # --------------------------------------------------------------------------------------------------------- placing
@@ -111,11 +116,10 @@ class Tasks:
 
     def place(self) -> None:
         """Hand queued tasks to the pool while it has room; tell the GCS of the rest. Once per loop turn."""
-        here = self._out.rank
         for identifier in list(self.queues):
             queue = self.queues[identifier]
             template = self._out.template(identifier)
-            if not template.spread and template.node in (None, here):
+            if self._may_stay(template):
                 room = self._pool.room(identifier)
                 while queue and room > 0:
                     self._start_here(queue.popleft())
@@ -134,6 +138,11 @@ class Tasks:
             del self._asked[identifier]
             self._out.to_gcs(m.Demand(identifier, 0))
 
+    def _may_stay(self, template: m.Template) -> bool:
+        if self._out.is_alone and (template.node is None or template.node_is_soft):
+            return True  # nobody else could be asked
+        return not template.spread and template.node in (None, self._out.rank)
+
     def on_grant(self, grant: m.Grant) -> None:
         queue = self.queues.get(grant.template)
         count = min(grant.count, len(queue) if queue else 0)
@@ -146,6 +155,7 @@ class Tasks:
         for _ in range(count):
             task = queue.popleft()
             if grant.rank == self._out.rank:
+                self._out.count_arrival(task.template)
                 self._start_here(task)
             else:
                 task.runs_on = grant.rank

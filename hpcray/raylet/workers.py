@@ -99,7 +99,6 @@ class WorkerProcess:
             )
         )
 
-
     def with_last_lines(self, why: str) -> str:
         """The reason of its end as a sentence, and what it printed last."""
         if not self._last_lines:
@@ -168,7 +167,8 @@ class WorkerProcesses:
         return True
 
     def _on_socket_end(self, channel: Channel) -> None:
-        # Its exit status follows from the fork server, and with it the reason, unless it only closed its socket.
+        # Its exit status follows from the fork server, and with it the reason, unless it only closed its
+        # socket.
         self.kill(channel.client)
 
     def _finish(self, process: WorkerProcess, why: str) -> None:
@@ -184,7 +184,7 @@ class WorkerProcesses:
 
 
 _HINTS = {
-    signal.SIGKILL: "; if nobody sent it, the kernel did for lack of memory: run fewer tasks at a time or get more memory",
+    signal.SIGKILL: "; if not by hand, for lack of memory: run fewer tasks at a time or get more memory",
     signal.SIGSEGV: "; native code that the task called has crashed: PYTHONFAULTHANDLER=1 shows where",
     signal.SIGABRT: "; native code that the task called has given up: its output says why",
 }

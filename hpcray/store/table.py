@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 from hpcray import payload
@@ -116,6 +117,8 @@ class ObjectTable:
         self._uncounted: dict[int, None] = {}
         self._uncounted_by_home: dict[int, deque[int]] = {}
         self._after: deque[tuple[int, Callable[[], None]]] = deque()
+        self._due: deque[Callable[[], None]] = deque()
+        self._is_acting = False
 
     # ------------------------------------------------------------------------------------------------------ references
     def create(self, identifier: bytes) -> Entry:
@@ -233,8 +236,22 @@ class ObjectTable:
         if entry.state == HERE:
             if not entry.is_primary:
                 self._evictable[entry.id] = None
+                self._serve_creators()
         elif entry.state != MAPPED:
             del self.entries[entry.id]
+
+    def _do(self, actions: Iterable[Callable[[], None]]) -> None:
+        # One after the other, never one inside the other: a long list of objects that hold one another, or of tasks
+        # that wait for one another, must not be as deep on the stack as it is long.
+        self._due.extend(actions)
+        if self._is_acting:
+            return
+        self._is_acting = True
+        try:
+            while self._due:
+                self._due.popleft()()
+        finally:
+            self._is_acting = False
 
     def _free(self, entry: Entry) -> None:
         del self.entries[entry.id]
@@ -244,8 +261,8 @@ class ObjectTable:
         for rank in (entry.copies or set()) | (entry.mappers or set()):
             if rank != self.rank:
                 self._out.send(rank, m.Free([entry.id]))
-        for nested in entry.nested or ():
-            self.drop(nested)
+        if entry.nested:
+            self._do([partial(self.drop, nested) for nested in entry.nested])
         if entry.on_free is not None:
             entry.on_free()
 
@@ -326,8 +343,8 @@ class ObjectTable:
 
     def _exists(self, entry: Entry) -> None:
         waiters, entry.waiters = entry.waiters, None
-        for waiter in waiters or ():
-            waiter()
+        if waiters:
+            self._do(waiters)
 
     def _arrived(self, entry: Entry) -> None:
         fetchers, entry.fetchers = entry.fetchers, None
@@ -356,13 +373,14 @@ class ObjectTable:
         if entry.state in (INLINE, HERE, MAPPED):
             return True
         if entry.fetchers is None:
-            entry.fetchers = [action]
+            entry.fetchers = []
             if entry.state == AWAY:
                 self._fetch(entry)
+                if entry.state != AWAY:
+                    return True  # no copy, or no arena as large as it: an error is at hand at once
             else:
                 self._ask_home(entry)
-        else:
-            entry.fetchers.append(action)
+        entry.fetchers.append(action)
         return False
 
     def add_guest(self, identifier: bytes, size: int, ranks: Iterable[int]) -> None:
@@ -377,6 +395,10 @@ class ObjectTable:
             entry.size = size
             entry.copies = set(ranks)
             self._exists(entry)
+            if entry.fetchers is not None:
+                self._fetch(entry)
+        elif entry.state == AWAY:
+            entry.copies = (entry.copies or set()).union(ranks)
 
     def drop_guest(self, identifier: bytes) -> None:
         entry = self.entries[identifier]
@@ -417,12 +439,13 @@ class ObjectTable:
         if message.data is not None:
             self._set_inline(entry, message.data)
             return
+        was_pending = entry.state == PENDING
         entry.state = AWAY
         entry.size = message.size
         entry.copies = set(message.ranks)
         self._exists(entry)
-        if entry.fetchers:
-            self._fetch(entry)
+        if was_pending and entry.fetchers is not None:
+            self._fetch(entry)  # if it was not, it is being fetched already
 
     # -------------------------------------------------------------------------------------------------------- transfers
     def _fetch(self, entry: Entry) -> None:
@@ -447,10 +470,13 @@ class ObjectTable:
             )
             self._set_inline(entry, payload.system_error("ObjectStoreFullError", text))
             return
+        if not self._is_fetched(entry):
+            self.abandon(block)  # freed, or here by another way, while it waited for room
+            return
         tag = self._out.new_tag(source)
 
         def done(error: str | None) -> None:
-            if error is not None:
+            if error is not None or not self._is_fetched(entry):
                 self.abandon(block)
                 self._try_elsewhere(entry, source)
                 return
@@ -462,10 +488,14 @@ class ObjectTable:
         self._out.receive(source, tag, block, done)
         self._out.send(source, m.Pull(entry.id, tag))
 
+    def _is_fetched(self, entry: Entry) -> bool:
+        return entry.state == AWAY and self.entries.get(entry.id) is entry
+
     def _try_elsewhere(self, entry: Entry, failed: int) -> None:
         if entry.copies:
             entry.copies.discard(failed)
-        self._fetch(entry)
+        if self._is_fetched(entry) and entry.fetchers is not None:
+            self._fetch(entry)
 
     def on_pull(self, message: m.Pull, receiver: int) -> None:
         entry = self.entries.get(message.id)
@@ -533,8 +563,11 @@ class ObjectTable:
 
     def unpin(self, block: Block) -> None:
         block.pins -= 1
-        if block.dead and block.pins == 0:
-            self._give_back(block)
+        if block.pins == 0:
+            if block.dead:
+                self._give_back(block)
+            elif block.id in self._evictable:
+                self._serve_creators()
 
     def reserve(
         self, identifier: bytes, size: int, deadline: float, then: Callable[[Block | None], None]
@@ -556,6 +589,7 @@ class ObjectTable:
             self._unmade = deque(waiting for waiting in self._unmade if waiting[1] > now)
             for _, _, then, _ in late:
                 then(None)
+            self._serve_creators()
 
     @property
     def next_expiry(self) -> float | None:
@@ -579,7 +613,7 @@ class ObjectTable:
         entry = self.entries.pop(identifier)
         assert entry.block is not None
         self._out.send(home_of(identifier), m.CopyDropped(identifier))
-        self.abandon(entry.block)
+        self._allocator.free(entry.block.offset)
 
     def abandon(self, block: Block) -> None:
         """Nothing refers to this memory any more; it goes back when the last pin is gone."""
@@ -592,6 +626,9 @@ class ObjectTable:
             self._out.send(block.rank, m.UnmapObject(block.id))
             return
         self._allocator.free(block.offset)
+        self._serve_creators()
+
+    def _serve_creators(self) -> None:
         while self._unmade and (made := self._make(self._unmade[0][3], self._unmade[0][0])) is not None:
             self._unmade.popleft()[2](made)
 

@@ -238,7 +238,7 @@ class Cluster:
     def template(self, process: Process, name: str, **fields: Any) -> bytes:
         """Define a function (or, with `actor=ActorOptions(…)`, a class) in a process; the template's id."""
         values: dict[str, Any] = {"num_returns": 1, "resources": {"CPU": UNIT}, "max_retries": 0, **fields}
-        template = m.Template(job=process.job or b"job 1", function=b"function " + name.encode(), name=name, **values)
+        template = m.Template(job=process.job, function=b"function " + name.encode(), name=name, **values)
         return process.define(encode(template), template)
 
     # ----------------------------------------------------------------------------------------------------------- network

@@ -67,11 +67,15 @@ class Process:
         self.running: m.Run | None = None
         self.actor = b""
         self.ran: list[bytes] = []
-        """Tasks and calls taken up, in order."""
+        """Tasks taken up, in order."""
+        self.called: list[bytes] = []
+        """Calls taken up, in order."""
         self.exit_asked = False
         self.is_gone = False
         self.store_errors = 0
         self._writing: dict[bytes, Callable[[int | None], None]] = {}
+        self._written: list[bytes] = []
+        """References in values that are being written: they live until the raylet was told of them."""
         self._results: list[m.Result] | None = None
         self._argument_views: list[View] = []
         self._templates: dict[bytes, m.Template] = {}
@@ -87,7 +91,7 @@ class Process:
     @property
     def is_blocked(self) -> bool:
         """Whether it waits for objects, or for room to write one."""
-        return bool(self._writing) or (bool(self.wanted) and not self.is_driver)
+        return not self.is_driver and bool(self._writing or self.wanted)
 
     def new_id(self) -> bytes:
         """The id of a new task, put or actor."""
@@ -98,6 +102,7 @@ class Process:
         """Make a template known; returns its id."""
         if identifier not in self._defined:
             self._defined.add(identifier)
+            self._templates[identifier] = template
             self.send(m.Define(template.function, b"a pickled function"))
             self.send(m.DefineTemplate(identifier, template))
         return identifier
@@ -111,7 +116,11 @@ class Process:
             self.held.add(identifier)
             return identifier
 
+        self._written.extend(nested)
+
         def written(offset: int | None) -> None:
+            for inner in nested:
+                self._written.remove(inner)
             if offset is not None:
                 self.send(m.Seal(identifier, list(nested)))
                 self.held.add(identifier)
@@ -156,7 +165,7 @@ class Process:
         return self._hold_returns(task, num_returns)
 
     def _hold_returns(self, task: bytes, count: int) -> list[bytes]:
-        returns = [ids.object_id(task, index) for index in range(1, count + 1)]
+        returns: list[bytes] = [ids.object_id(task, index) for index in range(1, count + 1)]
         self.held.update(returns)
         return returns
 
@@ -181,7 +190,7 @@ class Process:
 
     def release(self, identifiers: Iterable[bytes]) -> None:
         """Let go of references, and of what was looked at through them."""
-        gone = [i for i in dict.fromkeys(identifiers) if i in self.held]
+        gone = [i for i in dict.fromkeys(identifiers) if i in self.held and i not in self._written]
         for identifier in gone:
             self.held.discard(identifier)
             self.values.pop(identifier, None)
@@ -229,9 +238,12 @@ class Process:
             self._end(done, keep=keep)
             return
 
+        self._written.extend(nested)
+
         def write_next() -> None:
             index = len(results)
             if index == len(returns):
+                self._written.clear()
                 self._end(done, keep=keep)
             else:
                 self._write(returns[index], datas[index], written)
@@ -241,6 +253,7 @@ class Process:
                 error = payload.system_error("ObjectStoreFullError", "no room for a result")
                 results[:] = [m.InlineResult(error, []) for _ in returns]
                 done.failed = True
+                self._written.clear()
                 self._end(done, keep=keep)
             else:
                 results.append(m.StoredResult(len(datas[len(results)]), list(nested)))
@@ -345,11 +358,13 @@ class Process:
 
     def _take_up(self, work: m.Run) -> None:
         self.running = work
-        self.ran.append(work.task)
+        (self.called if work.method else self.ran).append(work.task)
         if work.actor:
             self.actor = work.actor
         else:
             work.num_returns = self._templates[work.template].num_returns
+        if work.template:
+            self.job = self._templates[work.template].job
         for value in work.values:
             if isinstance(value, m.InlineValue):
                 self.adopt(open_value(value.data)[1])

@@ -1,8 +1,8 @@
 """The arguments of a call: packed by the caller, unpacked by the worker.
 
-References that are themselves arguments are *dependencies*: the worker gets their values. References inside other values
-stay references. Large plain arguments are put into the store first and so become dependencies too; what is left is
-pickled as one payload, with a slot where each dependency goes.
+References that are themselves arguments are *dependencies*: the worker gets their values. References inside
+other values stay references. Large plain arguments are put into the store first and so become dependencies
+too; what is left is pickled as one payload, with a slot where each dependency goes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Slot:
 
 
 class PackedArguments:
-    """What a `Submit`, `Call` or `CreateActor` says of its arguments, and the references that must live until it is sent."""
+    """What a message says of its arguments, and the references that must live until it is sent."""
 
     __slots__ = ("data", "dependencies", "keep", "nested")
 
@@ -44,7 +44,9 @@ class PackedArguments:
 NO_ARGUMENTS = PackedArguments(b"", [], [], [])
 
 
-def pack_arguments(client: Client, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> PackedArguments:
+def pack_arguments(
+    client: Client, name: str, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> PackedArguments:
     """Pickle the arguments of a call to `name`.
 
     Raises:
@@ -66,7 +68,10 @@ def pack_arguments(client: Client, name: str, arguments: tuple[Any, ...], option
         dependencies.append(ref.binary())
         return Slot(len(dependencies) - 1)
 
-    packed = (tuple(place(value) for value in arguments), {key: place(value) for key, value in options.items()})
+    packed = (
+        tuple(place(value) for value in arguments),
+        {key: place(value) for key, value in options.items()},
+    )
     try:
         serialized = serialize(packed)
     except Exception as error:
@@ -76,7 +81,8 @@ def pack_arguments(client: Client, name: str, arguments: tuple[Any, ...], option
     whole = client.put(serialized)
     keep.append(whole)
     dependencies.append(whole.binary())
-    # The payload itself is the last dependency; the references inside it are held by the object that it has become.
+    # The payload itself is the last dependency; the references inside it are held by the object that it has
+    # become.
     return PackedArguments(b"\xff", dependencies, [], keep)
 
 
@@ -105,12 +111,12 @@ def _is_large(value: Any, limit: int) -> bool:
     return size is not None and isinstance(value.nbytes, int) and value.nbytes > limit
 
 
-def _name_the_culprit(name: str, arguments: tuple[Any, ...], options: dict[str, Any], error: Exception) -> TypeError:
+def _name_the_culprit(
+    name: str, arguments: tuple[Any, ...], options: dict[str, Any], error: Exception
+) -> TypeError:
     for value in (*arguments, *options.values()):
         try:
             serialize(value)
-        except Exception as own:
+        except Exception as own:  # noqa: BLE001 - pickling runs code of the user's
             return TypeError(f"could not serialize the argument {value!r} of {name}: {explain(value, own)}")
     return TypeError(f"could not serialize the arguments of {name}: {error}")
-
-

@@ -8,6 +8,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -23,6 +24,9 @@ from hpcray.worker import output
 from hpcray.worker.arguments import unpack_arguments
 from hpcray.worker.serialization import Serialized, dump_error, serialize
 from hpcray.worker.threads import limit_threads
+
+_PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
+"""Frames of files in it are ours, not the user's."""
 
 
 class Executor:
@@ -107,7 +111,9 @@ class Executor:
         function = self._functions.get(template.function)
         if function is None:
             self._enter_job(template.job)
-            function = self._functions[template.function] = pickle.loads(self._client.blobs.pop(template.function))
+            function = self._functions[template.function] = pickle.loads(
+                self._client.blobs.pop(template.function)
+            )
         self._limit_threads(template.resources.get("CPU", 0) / UNIT)
         return function
 
@@ -125,8 +131,10 @@ class Executor:
             if path not in sys.path:
                 sys.path.append(path)
         # The driver's order decides which of two modules of one name is imported.
-        sys.path.sort(key=lambda path: config.sys_path.index(path) if path in config.sys_path else len(sys.path))
-        if os.path.isdir(config.cwd):
+        sys.path.sort(
+            key=lambda path: config.sys_path.index(path) if path in config.sys_path else len(sys.path)
+        )
+        if Path(config.cwd).is_dir():
             os.chdir(config.cwd)
         self._client.job = bytes.fromhex(config.job)
         self._client.namespace = config.namespace
@@ -146,7 +154,9 @@ class Executor:
         if count == 0:
             return []
         if not hasattr(value, "__len__"):
-            raise TypeError(f"{name} has num_returns={count} but returned a {type(value).__name__}, which has no length")
+            raise TypeError(
+                f"{name} has num_returns={count} but returned a {type(value).__name__}, which has no length"
+            )
         if len(value) != count:
             raise ValueError(f"{name} returned {len(value)} objects, but num_returns={count}")
         return [self._result(work, index, name, part) for index, part in enumerate(value, 1)]
@@ -177,15 +187,14 @@ class Executor:
 
 def _is_retried(template: m.Template, error: BaseException) -> bool:
     wanted = template.retry_exceptions
-    if wanted is None or not isinstance(error, Exception) or isinstance(error, RayError) and wanted == b"":
+    if wanted is None or not isinstance(error, Exception) or (isinstance(error, RayError) and wanted == b""):
         return wanted is not None and isinstance(error, RayTaskError)
     return wanted == b"" or isinstance(error, pickle.loads(wanted))
 
 
 def _user_traceback(error: BaseException) -> list[str]:
     frames = error.__traceback__
-    here = os.path.dirname(os.path.dirname(__file__))
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(here):
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_PACKAGE):
         frames = frames.tb_next
     return traceback.format_exception(type(error), error, frames)
 
@@ -209,5 +218,3 @@ def _flush_output() -> None:
             stream.flush()
         except (OSError, ValueError):
             pass  # the user closed it
-
-

@@ -11,7 +11,7 @@ MAX_DEPTH = 4
 
 
 def explain(value: Any, error: Exception) -> str:
-    """The error's text and, where it can be found, the attribute, item or captured variable that causes it."""
+    """The error's text and, where it can be found, the attribute, item or captured variable behind it."""
     path = _find(value, "", MAX_DEPTH)
     return f"{error}" + (f" (because of {path})" if path else "")
 
@@ -38,6 +38,6 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
 def _fails(value: Any) -> bool:
     try:
         pickle_value(value)
-    except Exception:
+    except Exception:  # noqa: BLE001 - pickling runs code of the user's
         return True
     return False

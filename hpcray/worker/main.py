@@ -1,4 +1,4 @@
-"""A worker process: connects to its raylet and runs what it is sent, until it is told to exit or its raylet is gone."""
+"""A worker process: runs what its raylet sends, until it is told to exit or the raylet is gone."""
 
 from __future__ import annotations
 

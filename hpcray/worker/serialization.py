@@ -1,8 +1,9 @@
 """Values to payloads and back.
 
-Plain values are pickled by C pickle, the rest (functions, lambdas, classes of `__main__`) by cloudpickle. Buffers of numpy,
-pandas and the like go out of band (pickle protocol 5), so that large arrays are copied once on the way in and not at all on
-the way out. References and actor handles inside a value are collected while it is pickled.
+Plain values are pickled by C pickle, the rest (functions, lambdas, classes of `__main__`) by cloudpickle.
+Buffers of numpy, pandas and the like go out of band (pickle protocol 5), so that large arrays are copied once
+on the way in and not at all on the way out. References and actor handles inside a value are collected while
+it is pickled.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Serialized:
 
     __slots__ = ("_data", "_layout", "references", "size")
 
-    def __init__(self, data: bytes | None, layout: payload.Layout | None, references: list[ObjectRef[Any]]) -> None:
+    def __init__(
+        self, data: bytes | None, layout: payload.Layout | None, references: list[ObjectRef[Any]]
+    ) -> None:
         self._data = data
         self._layout = layout
         self.references = references
@@ -88,7 +91,7 @@ def serialize(value: Any) -> Serialized:
 def pickle_value(
     value: Any, buffers: list[pickle.PickleBuffer] | None = None
 ) -> tuple[bytes, list[ObjectRef[Any]]]:
-    """The pickle of a value and the references inside it; large buffers are appended to `buffers`, if given."""
+    """The pickle of a value and the references inside it; buffers are appended to `buffers`, if given."""
     outer, context.pickled = context.pickled, []
     keep: Callable[[pickle.PickleBuffer], bool] | None = None
     if buffers is not None:
@@ -107,7 +110,7 @@ def pickle_value(
             data = pickle.dumps(value, 5, buffer_callback=keep)
             if b"__main__" not in data:
                 return data, context.pickled
-        except Exception:
+        except Exception:  # noqa: BLE001 - pickling runs code of the user's
             pass  # cloudpickle may know better, and raises what the user should see if not
         from hpcray.worker.functions import pickle_by_value
 
@@ -124,7 +127,8 @@ def deserialize(data: memoryview | bytes) -> Any:
     """The value of a payload; arrays in it are read-only views of `data`.
 
     Raises:
-        Exception: The payload is that of an error: it is raised, `RayTaskError` as an instance of its cause's class too.
+        Exception: The payload is that of an error: it is raised, `RayTaskError` as an instance of its cause's
+            class too.
     """
     kind = data[0]
     if kind == payload.PICKLE:
@@ -165,8 +169,8 @@ def _load_task_error(data: bytes) -> Exception:
         cause = pickle.loads(pickled_cause)
     except Exception as error:  # noqa: BLE001 - unpickling runs code of the user's
         return UnserializableException(
-            f"{function_name} raised an exception that cannot be unpickled here ({error!r}): see that its class can be "
-            f"made of its own `args`, or give it a `__reduce__`. There it was:\n{traceback_text}"
+            f"{function_name} raised an exception that cannot be unpickled here ({error!r}): see that its "
+            f"class can be made of its own `args`, or give it a `__reduce__`. There it was:\n{traceback_text}"
         )
     return RayTaskError(function_name, traceback_text, cause, *where).as_instanceof_cause()
 
@@ -178,5 +182,13 @@ def dump_error(error: RayTaskError) -> bytes:
     except Exception as reason:  # noqa: BLE001 - pickling runs code of the user's
         text = f"{type(error.cause).__qualname__}, which could not be pickled ({reason}); see the traceback"
         cause, _ = pickle_value(RayError(text))
-    fields = (error.function_name, error.traceback_str, cause, error.pid, error.ip, error.actor_id, error.actor_repr)
+    fields = (
+        error.function_name,
+        error.traceback_str,
+        cause,
+        error.pid,
+        error.ip,
+        error.actor_id,
+        error.actor_repr,
+    )
     return bytes([payload.TASK_ERROR]) + pickle.dumps(fields, 5)

@@ -305,6 +305,21 @@ def test_a_killed_actor_ends_and_its_calls_fail(hpcray, counter_class, wait_unti
     wait_until(lambda: ended(pid))
 
 
+def test_a_killed_actor_that_may_restart_comes_back_in_a_new_process(hpcray, counter_class, wait_until):
+    counter = counter_class.options(max_restarts=1).remote(5)
+    first = hpcray.get(counter.pid.remote())
+    hpcray.kill(counter, no_restart=False)
+
+    def pid():
+        try:
+            return hpcray.get(counter.pid.remote())
+        except hpcray.exceptions.RayActorError:
+            return first
+
+    wait_until(lambda: pid() != first)
+    assert hpcray.get(counter.add.remote()) == 6
+
+
 @pytest.mark.parametrize("way", ["os._exit", "SIGKILL", "sys.exit"])
 def test_an_actor_whose_process_dies_fails_its_running_and_its_later_calls(hpcray, way):
     @hpcray.remote

@@ -100,6 +100,29 @@ def test_what_a_worker_says_right_before_it_dies_is_shown(run_script):
     assert texts_of(finished.stdout, "die") == ["last words"]
 
 
+@pytest.mark.beyond_ray("Ray's worker prints a traceback")
+def test_a_task_that_calls_sys_exit_prints_what_python_would_and_no_traceback(run_script):
+    finished = run_script(
+        """
+        import sys
+        import hpcray
+
+        @hpcray.remote(max_retries=0)
+        def leave():
+            sys.exit("goodbye")
+
+        with hpcray.init(num_cpus=1):
+            try:
+                hpcray.get(leave.remote())
+            except hpcray.exceptions.WorkerCrashedError as error:
+                print("exited with code 1" in str(error))
+        """
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines() == ["True"]
+    assert texts_of(finished.stderr, "leave") == ["goodbye"]
+
+
 def test_log_to_driver_false_is_silent(run_script):
     finished = run_script(
         """

@@ -1,0 +1,272 @@
+"""Random programs for the fake cluster: every action is legal for a user's program, and the outcome can be judged.
+
+Who may wait for whom is restricted so that no program deadlocks by itself: each task has a *path*, its submitter's
+extended by a number, and may wait for what it has submitted itself and for what comes before it in that tree. What is
+still blocked when nothing is under way and nothing runs is then hpcray's fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from hpcray import ids, payload
+from hpcray.protocol import messages as m
+from hpcray.testing.cluster import Cluster, Link
+from hpcray.testing.process import Process
+
+Path = tuple[int, ...]
+LARGE = 2000
+
+
+def may_wait(waiter: Path, other: Path) -> bool:
+    """Whether waiting cannot close a circle: descendants, and what lies before in the tree of submissions."""
+    if other[: len(waiter)] == waiter:
+        return len(other) > len(waiter)
+    return waiter[: len(other)] != other and other < waiter
+
+
+class Program:
+    """Drivers and tasks that put, submit, call, get and let go; `finish` brings it to its end and judges it."""
+
+    def __init__(self, cluster: Cluster, random: Random, drivers: int = 1) -> None:
+        self.cluster = cluster
+        self.random = random
+        self.drivers = [cluster.add_driver() for _ in range(drivers)]
+        self.has_killed = False
+        self.has_failed = False
+        self.may_be_full = False
+        self._paths: dict[bytes, Path] = {}
+        self._children: dict[Path, int] = {}
+        self._actors: set[bytes] = set()
+
+    # ----------------------------------------------------------------------------------------------------------- actors
+    def deliver(self, count: int = 1) -> None:
+        """Let something arrive."""
+        for _ in range(count):
+            if links := self.cluster.choices():
+                self.cluster.deliver(self.random.choice(links))
+
+    @property
+    def actors(self) -> list[Process]:
+        """The processes that can do something now: drivers, and workers in a task."""
+        ready = [p for p in self.cluster.processes if p.is_driver or p.running is not None]
+        return [p for p in ready if not p.is_blocked]
+
+    def somebody(self) -> Process:
+        """One of them."""
+        return self.random.choice(self.actors)
+
+    def _path(self, process: Process) -> Path:
+        assert process.running is not None
+        return self._paths[process.running.task]
+
+    def _new_path(self, process: Process) -> Path:
+        # Drivers share one numbering: their common path is the root's.
+        parent = () if process.is_driver else self._path(process)
+        number = self._children[parent] = self._children.get(parent, 0) + 1
+        return (*parent, number)
+
+    def _some(self, refs: Sequence[bytes], most: int = 2) -> list[bytes]:
+        return self.random.sample(refs, min(len(refs), self.random.randint(0, most)))
+
+    def _refs(self, process: Process, *, with_handles: bool = True) -> list[bytes]:
+        return sorted(i for i in process.held if with_handles or i[:-4] not in self._actors)
+
+    def _awaitable(self, process: Process, path: Path) -> list[bytes]:
+        refs = self._refs(process, with_handles=False)
+        return [i for i in refs if i[:-4] not in self._paths or may_wait(path, self._paths[i[:-4]])]
+
+    # ---------------------------------------------------------------------------------------------------------- actions
+    def put(self, *, large: bool) -> None:
+        """`put` of a value that may hold references."""
+        process = self.somebody()
+        process.put(self._some(self._refs(process)), LARGE if large else 0, large=large)
+
+    def submit(self, *, cpus: int = 10_000, spread: bool = False, num_returns: int = 1, retries: int = 0) -> None:
+        """`f.remote(ref, [ref])`."""
+        process = self.somebody()
+        template = self.cluster.template(
+            process,
+            f"f{cpus}{spread}{num_returns}{retries}",
+            resources={"CPU": cpus} if cpus else {},
+            spread=spread,
+            num_returns=num_returns,
+            max_retries=retries,
+        )
+        path = self._new_path(process)
+        dependencies = self._some(self._awaitable(process, path))
+        nested = self._some(self._refs(process))
+        refs = process.submit(template, dependencies, nested, num_returns)
+        self._paths[refs[0][:-4]] = path
+
+    def create_actor(self, *, restarts: int = 0) -> None:
+        """`A.remote(ref, [ref])`."""
+        process = self.somebody()
+        options = m.ActorOptions(max_restarts=restarts, placement={"CPU": 10_000})
+        template = self.cluster.template(process, f"A{restarts}", resources={}, num_returns=0, actor=options)
+        path = self._new_path(process)
+        dependencies = self._some(self._awaitable(process, path), 1)
+        actor = process.create_actor(template, dependencies, self._some(self._refs(process), 1))
+        self._paths[actor] = path
+        self._actors.add(actor)
+
+    def call(self, *, num_returns: int = 1) -> None:
+        """`actor.method.remote(ref, [ref])`."""
+        process = self.somebody()
+        path = self._new_path(process)
+        handles = sorted(i for i in process.held if i[:-4] in self._actors)
+        handles = [i for i in handles if may_wait(path, self._paths[i[:-4]])]
+        if handles:
+            dependencies = self._some(self._awaitable(process, path), 1)
+            nested = self._some(self._refs(process))
+            handle = self.random.choice(handles)
+            refs = process.call(handle[:-4], dependencies, nested, num_returns)
+            self._paths[refs[0][:-4]] = path
+
+    def get(self) -> None:
+        """`get([ref, ref])`; actors do not, as their next call might be what they wait for."""
+        process = self.somebody()
+        if not process.actor:
+            refs = self._awaitable(process, self._path(process)) if process.running else self._refs(process, with_handles=False)
+            process.get(self._some(refs, 3))
+
+    def watch(self) -> None:
+        """`wait([ref], timeout=0)`."""
+        process = self.somebody()
+        if refs := self._some(self._refs(process)):
+            process.watch(refs)
+
+    def stop_getting(self) -> None:
+        """A `get` times out."""
+        if blocked := [p for p in self.cluster.processes if p.wanted]:
+            self.random.choice(blocked).stop_getting()
+
+    def release(self) -> None:
+        """`del ref`, at any process, even one that idles with references in its globals."""
+        process = self.random.choice(self.cluster.processes)
+        wanted = process.wanted
+        process.release(self._some([i for i in self._refs(process) if i not in wanted], 3))
+
+    def finish_task(self, *, large: bool = False, seconds: float = 0.01, failed: bool = False, keep: bool = False) -> None:
+        """A running task returns, or raises."""
+        if running := self.cluster.running:
+            worker = self.random.choice(running)
+            self.has_failed |= failed
+            nested = self._some(self._refs(worker))
+            size = LARGE if large else 0
+            worker.finish(nested, size=size, large=large, seconds=seconds, failed=failed, retry=failed, keep=keep)
+
+    def kill_worker(self) -> None:
+        """`kill -9`."""
+        if workers := self.cluster.workers:
+            self.has_killed = True
+            self.cluster.kill(self.random.choice(workers))
+
+    # -------------------------------------------------------------------------------------------------------- judgement
+    def judge(self) -> None:
+        """Raise if an invariant does not hold now."""
+        self.cluster.check()
+        for process in self.cluster.processes:
+            for identifier, error in process.errors.items():
+                self._judge_error(identifier, error)
+
+    def _judge_error(self, identifier: bytes, error: bytes) -> None:
+        while error[0] in (payload.DEPENDENCY_ERROR, payload.CREATION_ERROR):
+            error = payload.describe_dependency_error(error)[1] if error[0] == payload.DEPENDENCY_ERROR else error
+            if error[0] == payload.CREATION_ERROR:
+                return
+        if error[0] == payload.TASK_ERROR:
+            assert self.has_failed, f"{identifier.hex()} is the error of a task, but none has raised"
+            return
+        name, arguments = payload.describe_system_error(error)
+        if name in ("WorkerCrashedError", "ActorDiedError"):
+            assert self.has_killed or self.has_failed, f"{identifier.hex()}: {name}, but nothing was killed: {arguments}"
+        elif name == "ObjectStoreFullError":
+            assert self.may_be_full, f"{identifier.hex()}: {name}{arguments}"
+        else:
+            raise AssertionError(f"{identifier.hex()}: {name}{arguments}")
+
+    def _choose(self, links: list[Link]) -> Link:
+        return self.random.choice(links)
+
+    def settle(self) -> None:
+        """Let everything arrive and every task finish."""
+        while True:
+            self.cluster.run(self._choose, check=False)
+            self.judge()
+            if not (running := self.cluster.running):
+                return
+            self.random.choice(running).finish(keep=self.random.random() < 0.5)
+
+    def finish(self) -> None:
+        """Bring the program to its end: all gets are answered, then all is released, then nothing is left."""
+        self.settle()
+        if self.may_be_full:
+            for process in self.cluster.processes:
+                process.release([i for i in process.held if i not in process.wanted])
+            self.cluster.advance(1e10)
+            self.settle()
+        else:
+            for driver in self.drivers:
+                driver.get(self._refs(driver, with_handles=False))
+            self.settle()
+            for process in self.cluster.processes:
+                missing = [i.hex() for i in process.wanted]
+                assert not missing, f"a process of rank {process.rank} waits for ever for {missing}"
+                assert not process.is_blocked, f"a worker of rank {process.rank} is blocked for ever"
+        self._judge_runs()
+        for process in self.cluster.processes:
+            process.wanted.clear()
+            process.release(list(process.held))
+        self.settle()
+        left = self.cluster.leftovers()
+        assert not left, "left over: " + "; ".join(left)
+
+    def _judge_runs(self) -> None:
+        if self.has_killed or self.has_failed:
+            return
+        ran = [task for process in self.cluster.processes for task in process.ran]
+        assert len(ran) == len(set(ran)), "a task ran twice"
+        for process in self.cluster.processes:
+            if process.actor:
+                for caller in {ids.prefix_of(call) for call in process.called}:
+                    own = [call for call in process.called if ids.prefix_of(call) == caller]
+                    assert own == sorted(own), "calls of one caller ran out of order"
+
+
+def random_step(program: Program, random: Random, *, kills: bool, failures: bool) -> None:
+    """One action, drawn with weights that let work and messages pile up."""
+    draw = random.random()
+    if draw < 0.45:
+        program.deliver(random.randint(1, 4))
+    elif draw < 0.52:
+        program.put(large=random.random() < 0.5)
+    elif draw < 0.62:
+        program.submit(
+            cpus=random.choice([10_000, 10_000, 5_000, 0]),
+            spread=random.random() < 0.3,
+            num_returns=random.randint(1, 2),
+            retries=random.choice([0, 0, 1]),
+        )
+    elif draw < 0.65:
+        program.create_actor(restarts=random.randint(0, 1))
+    elif draw < 0.70:
+        program.call(num_returns=random.randint(1, 2))
+    elif draw < 0.77:
+        program.get()
+    elif draw < 0.79:
+        program.watch()
+    elif draw < 0.80:
+        program.stop_getting()
+    elif draw < 0.86:
+        program.release()
+    elif draw < 0.98 or not kills:
+        program.finish_task(
+            large=random.random() < 0.4,
+            seconds=random.choice([0.0001, 0.01]),
+            failed=failures and random.random() < 0.1,
+            keep=random.random() < 0.3,
+        )
+    else:
+        program.kill_worker()
