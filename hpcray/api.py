@@ -164,9 +164,7 @@ def _check_init(
             raise TypeError(f"{name} must be a number, not {amount!r}")
         if amount < 0 or amount != int(amount):
             resource = name.removeprefix("num_")[:-1].upper()
-            raise ValueError(
-                f"{name} (the resource {resource}) must be a whole number, nonnegative, not {amount!r}"
-            )
+            raise ValueError(f"{name} (the resource {resource}) must be a whole number, nonnegative, not {amount!r}")
     if resources is not None and not isinstance(resources, Mapping):
         raise TypeError(f"resources must map names to numbers, not be {resources!r}")
     for name, amount in (resources or {}).items():
@@ -181,9 +179,7 @@ def _check_init(
     if namespace is not None and not isinstance(namespace, str):
         raise TypeError(f"namespace must be a string, not {namespace!r}")
     if namespace == "":
-        raise ValueError(
-            "namespace must not be the empty string: leave it out for a namespace of this driver's own"
-        )
+        raise ValueError("namespace must not be the empty string: leave it out for a namespace of this driver's own")
 
 
 class _LogPrinter:
@@ -317,9 +313,7 @@ def get(object_refs: Any, *, timeout: float | None = None) -> Any:
     if isinstance(object_refs, ObjectRef):
         return require_client().get([object_refs.binary()], _timeout(timeout))[0]
     if not isinstance(object_refs, list):
-        raise ValueError(
-            f"get() takes an ObjectRef or a list of ObjectRefs, not {type(object_refs)}: {object_refs!r}"
-        )
+        raise ValueError(f"get() takes an ObjectRef or a list of ObjectRefs, not {type(object_refs)}: {object_refs!r}")
     for ref in object_refs:
         if not isinstance(ref, ObjectRef):
             raise TypeError(f"get() was called on a list that holds {ref!r}, which is not an ObjectRef")
@@ -346,9 +340,7 @@ def put(value: Any) -> ObjectRef[Any]:
     try:
         serialized = serialize(value)
     except Exception as error:
-        raise TypeError(
-            f"could not serialize the put value {value!r:.200}: {explain(value, error)}"
-        ) from error
+        raise TypeError(f"could not serialize the put value {value!r:.200}: {explain(value, error)}") from error
     return client.put(serialized)
 
 
@@ -405,9 +397,7 @@ def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
         ValueError: Not an actor handle.
     """
     if not isinstance(actor, ActorHandle):
-        raise ValueError(
-            f"kill() ends actors, not {type(actor)}: give it what .remote() of an actor class returned"
-        )
+        raise ValueError(f"kill() ends actors, not {type(actor)}: give it what .remote() of an actor class returned")
     require_client().send(m.Kill(actor._actor, no_restart))
 
 

@@ -130,8 +130,7 @@ def _check_strategy(strategy: Any) -> None:
             raise ValueError(f"scheduling_strategy must be 'DEFAULT' or 'SPREAD', not {strategy!r}")
     elif not hasattr(strategy, "node_id"):
         raise TypeError(
-            f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a NodeAffinitySchedulingStrategy, "
-            f"not {strategy!r}"
+            f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a NodeAffinitySchedulingStrategy, not {strategy!r}"
         )
 
 

@@ -87,9 +87,7 @@ class Layout:
 
     def __init__(self, pickle: bytes, buffers: Sequence[memoryview]) -> None:
         sizes = [buffer.nbytes for buffer in buffers]
-        self.head = (
-            _HEADER.pack(BUFFERS, len(sizes), len(pickle)) + struct.pack(f"<{len(sizes)}Q", *sizes) + pickle
-        )
+        self.head = _HEADER.pack(BUFFERS, len(sizes), len(pickle)) + struct.pack(f"<{len(sizes)}Q", *sizes) + pickle
         self.buffers = buffers
         self.offsets: list[int] = []
         position = len(self.head)

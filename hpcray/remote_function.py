@@ -41,9 +41,7 @@ class _Export:
 class RemoteFunction:
     """A function whose `.remote()` runs it somewhere in the job and returns at once."""
 
-    def __init__(
-        self, function: Callable[..., Any], options: Mapping[str, Any], shared: _Export | None = None
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any], shared: _Export | None = None) -> None:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise NotImplementedError(f"{function.__qualname__}: generator tasks are not supported yet")
         if inspect.iscoroutinefunction(function):
@@ -64,8 +62,7 @@ class RemoteFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         name = self._name
         raise TypeError(
-            f"Remote functions cannot be called directly. Instead of running '{name}()', "
-            f"try '{name}.remote()'."
+            f"Remote functions cannot be called directly. Instead of running '{name}()', try '{name}.remote()'."
         )
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,9 +84,7 @@ class RemoteFunction:
         packed = pack_arguments(client, self._name, args, kwargs)
         task = client.new_task_id()
         returns = [ids.object_id(task, index) for index in range(1, num_returns + 1)]
-        refs = client.submit(
-            m.Submit(task, template, packed.data, packed.dependencies, packed.nested), returns
-        )
+        refs = client.submit(m.Submit(task, template, packed.data, packed.dependencies, packed.nested), returns)
         return refs[0] if num_returns == 1 else refs or None
 
     def options(self, **options: Any) -> RemoteFunctionWithOptions:

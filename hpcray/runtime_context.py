@@ -98,9 +98,7 @@ class RuntimeContext:
         # Threads that an actor starts run no call of their own, and hold what the actor does.
         running = _state.running or _actor
         if running is None:
-            raise RuntimeError(
-                "a driver holds no resources: call get_assigned_resources() in a task or actor"
-            )
+            raise RuntimeError("a driver holds no resources: call get_assigned_resources() in a task or actor")
         return as_floats(running.template.resources)
 
     def get_accelerator_ids(self) -> dict[str, list[str]]:

@@ -31,9 +31,7 @@ class ActorClass:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         name = self._description.name
-        raise TypeError(
-            f"Actors cannot be instantiated directly. Instead of '{name}()', use '{name}.remote()'."
-        )
+        raise TypeError(f"Actors cannot be instantiated directly. Instead of '{name}()', use '{name}.remote()'.")
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         raise TypeError(
@@ -98,9 +96,7 @@ class ActorClass:
         try:
             identifier, blob = export(self._class)
         except Exception as error:
-            raise TypeError(
-                f"could not serialize the actor class {name}: {explain(self._class, error)}"
-            ) from error
+            raise TypeError(f"could not serialize the actor class {name}: {explain(self._class, error)}") from error
         client.define(identifier, blob)
         template = actor_template(client.job_definition, identifier, name, self._options)
         template_name = template_id(template)

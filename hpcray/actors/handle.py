@@ -42,8 +42,7 @@ class ClassDescription:
                 if is_first_positional:
                     signature = signature.replace(parameters=parameters[1:])
             bare = [
-                parameter.replace(annotation=inspect.Parameter.empty)
-                for parameter in signature.parameters.values()
+                parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()
             ]
             # Defaults stay in the class: here only which parameters have one matters, and their values may
             # not pickle.
@@ -104,9 +103,7 @@ class ActorMethod:
 
     __slots__ = ("_handle", "_name", "_num_returns", "_signature")
 
-    def __init__(
-        self, handle: ActorHandle, name: str, signature: inspect.Signature | None, num_returns: int
-    ) -> None:
+    def __init__(self, handle: ActorHandle, name: str, signature: inspect.Signature | None, num_returns: int) -> None:
         self._handle = handle
         self._name = name
         self._signature = signature
@@ -154,6 +151,4 @@ class ActorMethod:
         """
         check_method_options(options)
         returns = options.get("num_returns")
-        return ActorMethod(
-            self._handle, self._name, self._signature, self._num_returns if returns is None else returns
-        )
+        return ActorMethod(self._handle, self._name, self._signature, self._num_returns if returns is None else returns)

@@ -594,7 +594,8 @@ def serve_in_thread(options: JobOptions, *, goes_on: bool = False, console: Text
     _check_thread_level()
     rank = start_rank(options, enter_world(detect_launch(os.environ)))
     ours, theirs = socket.socketpair()
-    rank.server.add_driver(theirs, is_primary=True)
+    # Its end is told by `end`, with the exit code, and not by its socket.
+    rank.server.add_driver(theirs, is_primary=False)
     thread = threading.Thread(target=_serve_or_abort, args=(rank, goes_on, console), name="hpcray-rank-0", daemon=True)
     thread.start()
 

@@ -7,15 +7,13 @@ receiver or carries an attempt, since either side may die between two messages.
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
 
 class Message(msgspec.Struct, array_like=True, gc=False):
     """Base of all messages: an array on the wire, its tag first."""
-
-    tag: ClassVar[int]
 
 
 # ---------------------------------------------------------------------------------------------------------------- values

@@ -87,7 +87,7 @@ class Node:
         self.to_client(client, m.MapArena(rank, self._cluster.nodes[rank].arena_size))
 
     def start_worker(self, client: Client) -> None:
-        self.processes[client.number] = Process(client, self)
+        self.processes[client.number] = Process(client, self.rank, self)
 
     def kill_client(self, client: Client) -> None:
         if client.number in self.processes:
@@ -226,7 +226,7 @@ class Cluster:
         """A driver of a new job connects to rank 0."""
         node = self.ranks[0]
         client = node.core.add_client(is_driver=True)
-        process = node.processes[client.number] = Process(client, node)
+        process = node.processes[client.number] = Process(client, 0, node)
         self._drivers += 1
         client.job = b"job %d" % self._drivers
         node.core.define(m.Define(client.job, b"a job's configuration"))

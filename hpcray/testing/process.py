@@ -49,12 +49,12 @@ class Process:
     not started before it blocks in `get`, and counts as blocked until all has come.
     """
 
-    def __init__(self, client: Client, out: ProcessOut) -> None:
+    def __init__(self, client: Client, rank: int, out: ProcessOut) -> None:
         self.client = client
         self.number = client.number
         self.is_driver = client.is_driver
         self.job = b""
-        self.rank = -1
+        self.rank = rank
         self.prefix = b""
         self.held: set[bytes] = set()
         self.values: dict[bytes, bytes] = {}
@@ -278,7 +278,6 @@ class Process:
             handler(message)
 
     def _on_Registered(self, message: m.Registered) -> None:  # noqa: N802
-        self.rank = message.rank
         self.prefix = message.prefix
         self.job = message.definition
 

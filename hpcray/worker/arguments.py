@@ -44,9 +44,7 @@ class PackedArguments:
 NO_ARGUMENTS = PackedArguments(b"", [], [], [])
 
 
-def pack_arguments(
-    client: Client, name: str, arguments: tuple[Any, ...], options: dict[str, Any]
-) -> PackedArguments:
+def pack_arguments(client: Client, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> PackedArguments:
     """Pickle the arguments of a call to `name`.
 
     Raises:
@@ -111,9 +109,7 @@ def _is_large(value: Any, limit: int) -> bool:
     return size is not None and isinstance(value.nbytes, int) and value.nbytes > limit
 
 
-def _name_the_culprit(
-    name: str, arguments: tuple[Any, ...], options: dict[str, Any], error: Exception
-) -> TypeError:
+def _name_the_culprit(name: str, arguments: tuple[Any, ...], options: dict[str, Any], error: Exception) -> TypeError:
     for value in (*arguments, *options.values()):
         try:
             serialize(value)

@@ -111,9 +111,7 @@ class Executor:
         function = self._functions.get(template.function)
         if function is None:
             self._enter_job(template.job)
-            function = self._functions[template.function] = pickle.loads(
-                self._client.blobs.pop(template.function)
-            )
+            function = self._functions[template.function] = pickle.loads(self._client.blobs.pop(template.function))
         self._limit_threads(template.resources.get("CPU", 0) / UNIT)
         return function
 
@@ -131,9 +129,7 @@ class Executor:
             if path not in sys.path:
                 sys.path.append(path)
         # The driver's order decides which of two modules of one name is imported.
-        sys.path.sort(
-            key=lambda path: config.sys_path.index(path) if path in config.sys_path else len(sys.path)
-        )
+        sys.path.sort(key=lambda path: config.sys_path.index(path) if path in config.sys_path else len(sys.path))
         if Path(config.cwd).is_dir():
             os.chdir(config.cwd)
         self._client.job = bytes.fromhex(config.job)

@@ -41,9 +41,7 @@ class Serialized:
 
     __slots__ = ("_data", "_layout", "references", "size")
 
-    def __init__(
-        self, data: bytes | None, layout: payload.Layout | None, references: list[ObjectRef[Any]]
-    ) -> None:
+    def __init__(self, data: bytes | None, layout: payload.Layout | None, references: list[ObjectRef[Any]]) -> None:
         self._data = data
         self._layout = layout
         self.references = references
@@ -88,9 +86,7 @@ def serialize(value: Any) -> Serialized:
     return Serialized(None, payload.Layout(data, [buffer.raw() for buffer in buffers]), references)
 
 
-def pickle_value(
-    value: Any, buffers: list[pickle.PickleBuffer] | None = None
-) -> tuple[bytes, list[ObjectRef[Any]]]:
+def pickle_value(value: Any, buffers: list[pickle.PickleBuffer] | None = None) -> tuple[bytes, list[ObjectRef[Any]]]:
     """The pickle of a value and the references inside it; buffers are appended to `buffers`, if given."""
     outer, context.pickled = context.pickled, []
     keep: Callable[[pickle.PickleBuffer], bool] | None = None
