@@ -65,9 +65,7 @@ class ActorRecord:
 class Actors:
     """All actors of all jobs: pure."""
 
-    def __init__(
-        self, nodes: dict[int, NodeView], template: Callable[[bytes], m.Template], out: ActorsOut
-    ) -> None:
+    def __init__(self, nodes: dict[int, NodeView], template: Callable[[bytes], m.Template], out: ActorsOut) -> None:
         self._nodes = nodes
         self._template = template
         self._out = out
@@ -86,9 +84,7 @@ class Actors:
         """Reserve a name; the error's payload if it is taken."""
         if (namespace, name) in self.names:
             where = f"namespace {namespace!r}"
-            text = (
-                f"the name {name!r} is taken by another actor of {where}: hpcray.get_actor({name!r}) finds it"
-            )
+            text = f"the name {name!r} is taken by another actor of {where}: hpcray.get_actor({name!r}) finds it"
             return payload.system_error("ActorAlreadyExistsError", text)
         self.names[namespace, name] = (actor, handle)
         return None

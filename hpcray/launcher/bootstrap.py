@@ -203,7 +203,7 @@ def start_rank(options: JobOptions, world: World | None, forks: ForkServer | Non
     try:
         return _start_rank(options, config, world, forks)
     except BaseException:
-        forks.close()
+        forks.end_children()
         raise
 
 
@@ -427,7 +427,8 @@ def _say_how_to_attach(server: RankServer) -> None:
 
 def _install_signal_handlers(rank: Rank) -> None:
     def handle(signum: int, _frame: object) -> None:
-        rank.loop.call_soon_threadsafe(lambda: rank.server.interrupt(signum))
+        if rank.server.exit_code is None:  # else the loop may be closed already
+            rank.loop.call_soon_threadsafe(lambda: rank.server.interrupt(signum))
 
     for signum in (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL):
         signal.signal(signum, handle)
@@ -445,14 +446,14 @@ def _failing_cleanly(launch: Launch, forks: ForkServer) -> Iterator[None]:
     try:
         yield
     except LaunchError as error:
-        forks.close()
         if not launch.rank:
             print(f"hpcray: {error}", file=sys.stderr, flush=True)
         _finalize_mpi()
+        forks.close()
         _exit_after_mpi(2)
     except Exception:
         traceback.print_exc()
-        forks.close()
+        forks.end_children()
         _abort_mpi()
         _exit(1)
 

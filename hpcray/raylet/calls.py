@@ -105,15 +105,11 @@ class Calls:
         self._out.push_definitions(0, message.template)
         if reason is None and (error := dependency_error(self._table, message.dependencies)) is not None:
             cls = self._out.template(message.template).name
-            reason = payload.creation_error(
-                message.actor, cls, payload.dependency_error(f"{cls}.__init__", error)
-            )
+            reason = payload.creation_error(message.actor, cls, payload.dependency_error(f"{cls}.__init__", error))
         if reason is None:
             self._out.warn_if_infeasible(self._out.template(message.template))
         self._out.to_gcs(
-            m.RegisterActor(
-                message.actor, message.template, message.name, message.namespace, message.detached, reason
-            )
+            m.RegisterActor(message.actor, message.template, message.name, message.namespace, message.detached, reason)
         )
 
     def on_place(self, message: m.PlaceActor) -> None:
@@ -124,9 +120,7 @@ class Calls:
         dependencies = describe_dependencies(self._table, creation.dependencies)
         self._out.send(
             message.rank,
-            m.StartActor(
-                message.actor, message.incarnation, creation.template, creation.arguments, dependencies
-            ),
+            m.StartActor(message.actor, message.incarnation, creation.template, creation.arguments, dependencies),
         )
 
     # -------------------------------------------------------------------------------------------------- calls
@@ -170,9 +164,7 @@ class Calls:
     def _send(self, view: ActorView, call: PendingCall) -> None:
         message = call.message
         self.sent[message.task] = call
-        dependencies = (
-            describe_dependencies(self._table, message.dependencies) if message.dependencies else []
-        )
+        dependencies = describe_dependencies(self._table, message.dependencies) if message.dependencies else []
         self._out.send(
             view.rank,
             m.ExecuteCall(

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from hpcray import payload
 from hpcray.exceptions import InternalError
-from hpcray.ids import client_prefix, object_id
+from hpcray.ids import client_prefix, object_id, task_of
 from hpcray.protocol import messages as m
 from hpcray.raylet.actors import HostedActors
 from hpcray.raylet.calls import Calls
@@ -114,7 +114,6 @@ class RayletCore:
         self._peers_know: dict[int, set[bytes]] = {}
         self.clients: dict[int, Client] = {}
         self._clients_made = 0
-        self.ended_jobs: set[bytes] = set()
         self.table = ObjectTable(rank, Allocator(arena_start, me.arena_size), self)
         self.ledger = Ledger(me.resources)
         self.pool = Pool(self.ledger, self.table, self)
@@ -295,6 +294,9 @@ class RayletCore:
         """The client's process ended: fail or retry what it ran, forget what it held."""
         if self.clients.pop(client.number, None) is None:
             return
+        # What it waited for is not to be sent any more, let alone pinned for it.
+        client.wanted.clear()
+        client.watched.clear()
         if (worker := client.worker) is not None:
             actor = worker.actor
             lost = self.pool.on_gone(worker)
@@ -319,6 +321,8 @@ class RayletCore:
         for identifier in message.ids:
             if identifier in held:
                 held.discard(identifier)
+                client.wanted.discard(identifier)
+                client.watched.discard(identifier)
                 self.table.drop(identifier)
 
     def _on_add_references(self, client: Client, message: m.AddReferences) -> None:
@@ -472,8 +476,13 @@ class RayletCore:
         self.calls.on_kill(message)
 
     def _on_hand_back(self, client: Client, message: m.HandBack) -> None:
-        if client.worker is not None:
-            self.pool.on_handed_back(client.worker, message.tasks)
+        worker = client.worker
+        if worker is None:
+            return
+        for task in message.tasks:
+            if (work := worker.tasks.get(task)) is not None:
+                self._on_unpin(client, m.Unpin([d.id for d in work.dependencies if isinstance(d, m.RemoteDependency)]))
+        self.pool.on_handed_back(worker, message.tasks)
 
     # ------------------------------------------------------------------------------------------------------ executing
     def _on_execute(self, home: int, message: m.Execute) -> None:
@@ -531,6 +540,10 @@ class RayletCore:
             self._finish_here(client, work, message)
         else:
             self._finish_away(client, work, message)
+        if client.reserved:
+            # A result was written, then a later one could not be: the task has failed, and nobody will seal the first.
+            for identifier in [i for i in client.reserved if task_of(i) == message.task]:
+                self.table.abandon(client.reserved.pop(identifier))
 
     def _finish_here(self, client: Client, work: Work, message: m.TaskDone) -> None:
         is_call = bool(work.actor)
@@ -600,10 +613,11 @@ class RayletCore:
             self._out.pull_failed(rank, message.tag)
 
     def _on_job_ended(self, rank: int, message: m.JobEnded) -> None:
-        self.ended_jobs.add(message.job)
         self.pool.drop_job(lambda template: self.templates[template].job == message.job)
         for client in list(self.clients.values()):
-            if client.worker is not None and client.worker.job == message.job:
+            worker = client.worker
+            # Actors are the GCS's to end: it knows which are detached.
+            if worker is not None and worker.job == message.job and worker.actor is None:
                 self._out.kill_client(client)
 
     def _on_query(self, client: Client, message: m.Query) -> None:
@@ -611,7 +625,8 @@ class RayletCore:
             self._out.to_client(client, m.Answer(message.number, ok=True, payload=b""))
             return
         if message.topic == "available_resources" and self.gcs is not None:
-            self.gcs.on_message(self.rank, self._load())
+            self._reported = self._load()
+            self.gcs.on_message(self.rank, self._reported)
         self.to_gcs(m.Ask(client.number, message.number, message.topic, message.arguments))
 
     def _on_told(self, rank: int, message: m.Told) -> None:

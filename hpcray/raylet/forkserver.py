@@ -79,7 +79,7 @@ class Signal(msgspec.Struct, tag=3, array_like=True):
 
 
 class Watch(msgspec.Struct, tag=4, array_like=True):
-    """Rank → fork server: what to remove if the rank dies; the last one counts."""
+    """Rank → fork server: what to remove when the rank has ended; the last one counts."""
 
     traces: JobTraces
 
@@ -177,7 +177,7 @@ class Server:
                 return seat
 
     def end(self) -> None:
-        """End every descendant and remove what a dead rank's MPI left. Blocks, mostly for milliseconds."""
+        """End every descendant and remove what the rank's MPI has left. Blocks, mostly for milliseconds."""
         self._end_children()
         remove_mpi_leftovers(self._traces)
 

@@ -29,6 +29,8 @@ QUEUED_SECONDS = 0.002
 MAX_DEPTH = 64
 LEASE_SECONDS = 0.01
 """After so long a lease is not refilled while another class waits for resources."""
+FREE_WORKERS = 64
+"""Workers that a class which asks for no resources may have at a time, blocked ones aside: nothing else bounds them."""
 
 
 class PoolOut(Protocol):
@@ -54,7 +56,8 @@ class Pool:
         self.idle: list[Worker] = []
         self._drained: list[Worker] = []
         self._seconds: dict[bytes, float] = {}
-        self.fetching = 0
+        self._fetching: dict[bytes, int] = {}
+        """Per class, how much work waits for its arguments to arrive."""
         self.keep_idle = max(1, ledger.total.get("CPU", 0) // UNIT)
 
     # ------------------------------------------------------------------------------------------------------------ work
@@ -71,7 +74,7 @@ class Pool:
         def arrived() -> None:
             work.missing -= 1
             if work.missing == 0:
-                self.fetching -= 1
+                self._count_fetching(work, -1)
                 then()
 
         for dependency in work.dependencies:
@@ -80,8 +83,14 @@ class Pool:
                 if not table.when_local(dependency.id, arrived):
                     work.missing += 1
         if work.missing:
-            self.fetching += 1
+            self._count_fetching(work, +1)
         return work.missing == 0
+
+    def _count_fetching(self, work: Work, change: int) -> None:
+        if count := self._fetching.get(work.template, 0) + change:
+            self._fetching[work.template] = count
+        else:
+            del self._fetching[work.template]
 
     def push(self, work: Work) -> None:
         """Queue work whose arguments are here."""
@@ -104,9 +113,14 @@ class Pool:
         for worker in self.leases.get(template, ()):
             if not worker.is_blocked:
                 room += depth - len(worker.tasks)
-        room += self.ledger.slots(self._out.template(template).resources) * depth
+        room += self._slots(template) * depth
         queue = self.ready.get(template)
-        return max(0, room - (len(queue) if queue else 0))
+        return max(0, room - (len(queue) if queue else 0) - self._fetching.get(template, 0))
+
+    def _slots(self, template: bytes) -> int:
+        if shape := self._out.template(template).resources:
+            return self.ledger.slots(shape)
+        return max(0, FREE_WORKERS - sum(not worker.is_blocked for worker in self.leases.get(template, ())))
 
     def dispatch(self, now: float) -> None:
         """Give ready work to workers, as far as resources and depth allow. Once per loop turn."""
@@ -126,7 +140,7 @@ class Pool:
         leases = self.leases.get(template, ())
         others_wait = len(self.ready) > 1
         while queue:
-            if self.ledger.fits(spec.resources):
+            if self._slots(template):
                 worker = self._open_lease(template, spec, now)
                 self._give(worker, queue.popleft())
                 continue
@@ -177,6 +191,11 @@ class Pool:
 
     def values_for(self, worker: Worker, work: Work) -> list[m.Value] | bytes:
         """The arguments as the worker gets them, memory pinned for it; or the error of one that could not be had."""
+        for dependency in work.dependencies:
+            if isinstance(dependency, m.RemoteDependency):
+                entry = self._table.entries[dependency.id]
+                if entry.state == INLINE and payload.is_error(entry.data):
+                    return entry.data
         values: list[m.Value] = []
         for dependency in work.dependencies:
             if isinstance(dependency, m.InlineDependency):
@@ -184,8 +203,6 @@ class Pool:
                 continue
             entry = self._table.entries[dependency.id]
             if entry.state == INLINE:
-                if payload.is_error(entry.data):
-                    return entry.data
                 values.append(m.InlineValue(entry.data))
             elif entry.state in (HERE, MAPPED):
                 values.append(self._out.stored_value(worker, entry))
@@ -292,7 +309,7 @@ class Pool:
     def drop_job(self, is_of_job: Callable[[bytes], bool]) -> None:
         """Forget what waits for workers and belongs to an ended job."""
         for template in list(self.ready):
-            if is_of_job(template):
+            if is_of_job(template) and self._out.template(template).actor is None:
                 for work in self.ready.pop(template):
                     self.release_arguments(work)
 

@@ -120,7 +120,7 @@ class ForkServer:
         self._send(Signal(pid, int(signum)))
 
     def watch(self, traces: JobTraces) -> None:
-        """Tell what to remove from this host if this process dies without `close`; after `MPI_Init`."""
+        """Tell what to remove from this host when this process has ended or calls `close`; after `MPI_Init`."""
         self._send(Watch(traces))
 
     def read(self) -> list[Event]:
@@ -165,15 +165,11 @@ class ForkServer:
             self.read()
 
     def close(self, timeout: float = 15.0) -> None:
-        """As `end_children`; then end the fork server too.
-
-        MPI's files stay: they are for `MPI_Finalize` or, if there will be none, for `remove_mpi_leftovers`.
+        """As `end_children`; then end the fork server too. What it watches is removed: with MPI, finalise first.
 
         Args:
             timeout: Seconds; after them the fork server itself is killed, and its workers with it.
         """
-        if not self._ended:
-            self.watch(JobTraces())
         self._ended = True
         self._sock.close()
         try:

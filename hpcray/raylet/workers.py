@@ -14,7 +14,7 @@ from hpcray.raylet.channel import Channel
 from hpcray.raylet.clients import Client
 from hpcray.raylet.processes import ForkServer
 from hpcray.transport.poller import EventLoop
-from hpcray.worker.output import split
+from hpcray.worker.output import flush, split
 
 PIPE_READ_SIZE = 1 << 16
 LINES_KEPT = 20
@@ -49,12 +49,19 @@ class _Pipe:
         except BlockingIOError:
             return True
         lines, self._name = split(self._buffer, chunk, self._name)
+        self._show(lines)
+        return bool(chunk)
+
+    def finish(self) -> None:
+        """Pass on a last line that has no newline."""
+        self._show(flush(self._buffer, self._name))
+
+    def _show(self, lines: list[tuple[str, bytes]]) -> None:
         names: dict[str, list[str]] = {}
         for name, line in lines:
             names.setdefault(name, []).append(line.decode(errors="backslashreplace"))
         for name, texts in names.items():
             self._process.show(name, texts, is_error=self._is_error)
-        return bool(chunk)
 
 
 class WorkerProcess:
@@ -75,7 +82,8 @@ class WorkerProcess:
             self._close_pipe(fd)
 
     def _close_pipe(self, fd: int) -> None:
-        if self._pipes.pop(fd, None) is not None:
+        if (pipe := self._pipes.pop(fd, None)) is not None:
+            pipe.finish()
             self._workers.loop.remove_reader(fd)
             os.close(fd)
 

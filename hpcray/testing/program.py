@@ -39,6 +39,8 @@ class Program:
         self._paths: dict[bytes, Path] = {}
         self._children: dict[Path, int] = {}
         self._actors: set[bytes] = set()
+        self._inside: dict[bytes, list[bytes]] = {}
+        """What each object, task or actor holds: nobody makes objects that hold one another, since counting frees no circle."""
 
     # ----------------------------------------------------------------------------------------------------------- actors
     def deliver(self, count: int = 1) -> None:
@@ -77,11 +79,18 @@ class Program:
         refs = self._refs(process, with_handles=False)
         return [i for i in refs if i[:-4] not in self._paths or may_wait(path, self._paths[i[:-4]])]
 
+    def _reaches(self, identifier: bytes, task: bytes) -> bool:
+        if identifier[:-4] == task:
+            return True
+        inside = (*self._inside.get(identifier, ()), *self._inside.get(identifier[:-4], ()))
+        return any(self._reaches(inner, task) for inner in inside)
+
     # ---------------------------------------------------------------------------------------------------------- actions
     def put(self, *, large: bool) -> None:
         """`put` of a value that may hold references."""
         process = self.somebody()
-        process.put(self._some(self._refs(process)), LARGE if large else 0, large=large)
+        nested = self._some(self._refs(process))
+        self._inside[process.put(nested, LARGE if large else 0, large=large)] = nested
 
     def submit(self, *, cpus: int = 10_000, spread: bool = False, num_returns: int = 1, retries: int = 0) -> None:
         """`f.remote(ref, [ref])`."""
@@ -107,7 +116,9 @@ class Program:
         template = self.cluster.template(process, f"A{restarts}", resources={}, num_returns=0, actor=options)
         path = self._new_path(process)
         dependencies = self._some(self._awaitable(process, path), 1)
-        actor = process.create_actor(template, dependencies, self._some(self._refs(process), 1))
+        nested = self._some(self._refs(process), 1)
+        actor = process.create_actor(template, dependencies, nested)
+        self._inside[actor] = [*dependencies, *nested]
         self._paths[actor] = path
         self._actors.add(actor)
 
@@ -153,7 +164,10 @@ class Program:
         if running := self.cluster.running:
             worker = self.random.choice(running)
             self.has_failed |= failed
-            nested = self._some(self._refs(worker))
+            assert worker.running is not None
+            task = worker.running.task
+            nested = [i for i in self._some(self._refs(worker)) if not self._reaches(i, task)]
+            self._inside.setdefault(task, []).extend(nested)
             size = LARGE if large else 0
             worker.finish(nested, size=size, large=large, seconds=seconds, failed=failed, retry=failed, keep=keep)
 

@@ -1,7 +1,8 @@
 """What starting costs, as JSON: ``python tests/bench/bench_boot.py [--quick] [--ranks 4]``.
 
-From the command to the first result of a task in the script, and to the end of the command. The yardsticks: a Python that
-does nothing, and as many ranks that import mpi4py's MPI and end. Also the import of hpcray, beyond a Python that does nothing.
+From the command to the first result of a task in the script, and to the end of the command. The yardsticks: a
+Python that does nothing, and as many ranks that import mpi4py's MPI and end. Also the import of hpcray, beyond
+a Python that does nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What an idle job costs, as JSON: ``python tests/bench/bench_idle.py [--quick] [--ranks 8] [--seconds 10]``.
 
-The job runs some tasks, so that there are workers, then nothing happens. CPU time is what the scheduler has counted for all
-threads of all of its processes, mpirun among them, as a share of one core. Private memory is what `smaps_rollup` calls private:
-pages that no other process maps. A rank's has its arena's touched pages in it, so they are also left out.
+The job runs some tasks, so that there are workers, then nothing happens. CPU time is what the scheduler has
+counted for all threads of all of its processes, mpirun among them, as a share of one core. Private memory is
+what `smaps_rollup` calls private: pages that no other process maps. A rank's has its arena's touched pages in
+it, so they are also left out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """No-op tasks and actor calls per second, as JSON: ``hpcray run [-n 2] tests/bench/bench_tasks.py [--quick]``.
 
-Batch: all are submitted, then all are got. One at a time: each is got before the next is submitted, which takes the sum of
-all wake-ups on its way, so its yardstick is a wake-up there and back: a Unix-socket round trip between two Python processes.
+Batch: all are submitted, then all are got. One at a time: each is got before the next is submitted, which takes
+the sum of all wake-ups on its way, so its yardstick is a wake-up there and back: a Unix-socket round trip
+between two Python processes.
 
-mpi4py.futures runs beside the idle job, one master and one worker, afresh in each round. ProcessPoolExecutor has two workers.
+mpi4py.futures runs beside the idle job, one master and one worker, afresh in each round. ProcessPoolExecutor
+has two workers.
 """
 
 from __future__ import annotations

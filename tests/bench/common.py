@@ -1,7 +1,8 @@
 """What the benches share: interleaved rounds, ratios to a yardstick of the same round, and the JSON they print.
 
-The machines that this runs on are shared and noisy. So a bench takes its figures in rounds, each figure once in each
-round, and reports medians. A ratio is the median of the rounds' ratios: what slows a round slows both of its sides.
+The machines that this runs on are shared and noisy. So a bench takes its figures in rounds, each figure once in
+each round, and reports medians. A ratio is the median of the rounds' ratios: what slows a round slows both of
+its sides.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return parsed
 
 
-# ----------------------------------------------------------------------------------------------------------- stopwatches
+# ---------------------------------------------------------------------------------------------- stopwatches
 def seconds(action: Callable[[], object]) -> float:
     """How long a call takes."""
     start = time.perf_counter()
@@ -163,8 +164,8 @@ def median_us(action: Callable[[], object], times: int) -> float:
 
 @contextlib.contextmanager
 def echo() -> Iterator[Callable[[], float]]:
-    """The yardstick of everything that wakes a process: gives a call that returns how many round trips a second a small
-    message makes to another Python process over a Unix socket (the reciprocal of the median of some hundred)."""
+    """The yardstick of everything that wakes a process: gives a call that returns how many round trips a second a
+    small message makes to another Python process over a Unix socket (the reciprocal of the median of some hundred)."""
     ours, theirs = socket.socketpair()
     child = subprocess.Popen([sys.executable, "-c", ECHO, str(theirs.fileno())], pass_fds=[theirs.fileno()])
     theirs.close()
@@ -181,7 +182,7 @@ def echo() -> Iterator[Callable[[], float]]:
         child.wait(CHILD_TIMEOUT)
 
 
-# --------------------------------------------------------------------------------------------------------------- children
+# ------------------------------------------------------------------------------------------------- children
 def job_command(ranks: int, *script: str) -> list[str]:
     """The command line that starts an hpcray job of this interpreter."""
     return [sys.executable, "-m", "hpcray", "run", *(["-n", str(ranks)] if ranks > 1 else []), *script]

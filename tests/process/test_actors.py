@@ -255,6 +255,21 @@ def test_an_error_in_an_argument_of_the_constructor_fails_every_call(hpcray, cou
         hpcray.get(counter_class.remote(fails.remote()).add.remote())
 
 
+def test_the_name_of_an_actor_whose_creation_failed_is_free_and_everybody_learns_why(hpcray, counter_class):
+    @hpcray.remote
+    def fails():
+        raise KeyError("argument")
+
+    @hpcray.remote
+    def use(counter):
+        return hpcray.get(counter.add.remote())
+
+    failed = counter_class.options(name="reborn").remote(fails.remote())
+    with pytest.raises(hpcray.exceptions.ActorDiedError, match="argument"):
+        hpcray.get(use.remote(failed))
+    assert hpcray.get(counter_class.options(name="reborn").remote(5).add.remote()) == 6
+
+
 def test_an_actor_ends_when_its_last_handle_goes(hpcray, counter_class, wait_until):
     counter = counter_class.remote()
     pid = hpcray.get(counter.pid.remote())

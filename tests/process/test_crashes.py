@@ -134,15 +134,29 @@ def test_what_a_task_put_outlives_its_worker(hpcray):
 
 
 @pytest.mark.beyond_ray("Ray's text says neither signal nor output")
-def test_the_error_of_a_crash_names_the_signal_and_the_last_output(hpcray):
-    @hpcray.remote(max_retries=0)
-    def dies():
-        print("last words", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
+def test_the_error_of_a_crash_names_the_signal_and_the_last_output(run_script):
+    # In a job of its own: another test's dead worker, still to be noticed, would be given the task.
+    finished = run_script(
+        """
+        import os, signal
+        import hpcray
 
-    with pytest.raises(hpcray.exceptions.WorkerCrashedError, match="SIGKILL") as caught:
-        hpcray.get(dies.remote())
-    assert "last words" in str(caught.value)
+        @hpcray.remote(max_retries=0)
+        def dies():
+            print("last words", end="", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        with hpcray.init(num_cpus=1):
+            try:
+                hpcray.get(dies.remote())
+            except hpcray.exceptions.WorkerCrashedError as error:
+                assert "SIGKILL" in str(error)
+                assert "last words" in str(error)
+                print("crashed")
+        """
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "crashed" in finished.stdout.splitlines()
 
 
 def test_keyboard_interrupt_in_a_task_fails_that_task_only(hpcray):
