@@ -128,8 +128,12 @@ def enter_world(launch: Launch) -> World:
     return world
 
 
-def enter_world_of_program(launch: Launch) -> World:
+def enter_world_of_program(launch: Launch, timeout: float) -> World:
     """As `enter_world`, for a program that itself uses MPI, and goes on doing so: mpi4py initialises and finalises it.
+
+    Args:
+        launch: What this process was launched as.
+        timeout: Seconds to wait for the other ranks. If one has not come by then, this ends all of them.
 
     Raises:
         LaunchError: As there, or MPI was initialised without the right to call it from another thread.
@@ -142,6 +146,13 @@ def enter_world_of_program(launch: Launch) -> World:
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         atexit.register(_finalize_mpi)
     _check_thread_level()
+    everybody = MPI.COMM_WORLD.Ibarrier()
+    deadline = monotonic() + timeout
+    while not everybody.Test():
+        if monotonic() > deadline:
+            print(f"hpcray: not all ranks have come to the same place in {timeout:.0f} s", file=sys.stderr, flush=True)
+            _abort_mpi()
+        sleep(0.001)
     return enter_world(launch)
 
 

@@ -613,7 +613,11 @@ class RayletCore:
             self._out.pull_failed(rank, message.tag)
 
     def _on_job_ended(self, rank: int, message: m.JobEnded) -> None:
-        self.pool.drop_job(lambda template: self.templates[template].job == message.job)
+        def is_of_job(template: bytes) -> bool:
+            return self.templates[template].job == message.job
+
+        self.tasks.end_job(is_of_job)
+        self.pool.drop_job(is_of_job)
         for client in list(self.clients.values()):
             worker = client.worker
             # Actors are the GCS's to end: it knows which are detached.

@@ -13,7 +13,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from hpcray import payload
@@ -212,6 +212,16 @@ class Tasks:
             return
         if not self._retry(task):
             self._fail(task, error)
+
+    def end_job(self, is_of_job: Callable[[bytes], bool]) -> None:
+        """Nobody waits for the tasks of an ended job: those in queues fail, those that run are not tried again."""
+        for task in self.tasks.values():
+            if is_of_job(task.template):
+                task.retries = 0
+        for template in [known for known in self.queues if is_of_job(known)]:
+            for task in self.queues.pop(template):
+                name = self._out.template(template).name
+                self._fail(task, payload.system_error("WorkerCrashedError", f"the job of {name} has ended"))
 
     def _retry(self, task: Task) -> bool:
         if task.retries == 0:

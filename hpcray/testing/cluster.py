@@ -9,7 +9,7 @@ no clock.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from hpcray.gcs.core import GcsCore
@@ -273,15 +273,20 @@ class Cluster:
         transfer.served(None)
         self.ranks[transfer.source].end_turn()
 
-    def run(self, choose: Callable[[list[Link]], Link] = lambda links: links[0], *, check: bool = True) -> None:
-        """Deliver until nothing is under way, in the order that `choose` says."""
+    def run(
+        self,
+        choose: Callable[[list[Link]], Link] = lambda links: links[0],
+        *,
+        hold: Container[Link] = (),
+        check: bool = True,
+    ) -> None:
+        """Deliver until nothing is under way, in the order that `choose` says; what is on links of `hold` stays there."""
         while True:
-            while links := self.choices():
+            while links := [link for link in self.choices() if link not in hold]:
                 self.deliver(choose(links))
                 if check:
                     self.check()
-            due = [node for node in self.ranks if node.core.report_due is not None]
-            if not due:
+            if all(node.core.report_due is None for node in self.ranks):
                 return
             self.advance(1.0)
 
@@ -301,6 +306,11 @@ class Cluster:
     def workers(self) -> list[Process]:
         """All workers that are alive."""
         return [process for process in self.processes if not process.is_driver]
+
+    def worker_on(self, rank: int) -> Process:
+        """The only worker of a rank that runs something."""
+        (worker,) = [worker for worker in self.running if worker.rank == rank]
+        return worker
 
     @property
     def running(self) -> list[Process]:

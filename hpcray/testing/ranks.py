@@ -13,7 +13,7 @@ import contextlib
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from hashlib import blake2b
-from time import monotonic, sleep
+from time import sleep
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pytest
@@ -52,7 +52,8 @@ def take_part(launch: Launch, config: pytest.Config, items: Sequence[pytest.Item
         pytest.UsageError: MPI cannot be used, or the ranks have different tests.
     """
     try:
-        world = bootstrap.enter_world_of_program(launch)
+        with _uncaptured(config):
+            world = bootstrap.enter_world_of_program(launch, COLLECTION_TIMEOUT)
     except LaunchError as error:
         raise pytest.UsageError(f"hpcray: {error}") from None
     if world.size == 1:
@@ -64,28 +65,13 @@ def take_part(launch: Launch, config: pytest.Config, items: Sequence[pytest.Item
 
 def _compare_tests(world: bootstrap.World, items: Sequence[pytest.Item]) -> None:
     mine = blake2b("\n".join(item.nodeid for item in items).encode()).digest()
-    if world.rank != 0:
-        world.comm.send(mine, 0, _TAG)
-        different = _receive(world, 0, None)
-    else:
-        deadline = monotonic() + COLLECTION_TIMEOUT
-        others = {rank: _receive(world, rank, deadline) for rank in range(1, world.size)}
-        different = [rank for rank, theirs in others.items() if theirs != mine]
-        for rank in others:
-            world.comm.send(different, rank, _TAG)
+    first, *others = world.gather_all(mine)
+    different = [rank for rank, theirs in enumerate(others, 1) if theirs != first]
     if different:
         raise pytest.UsageError(
-            f"ranks {different} have collected other tests than rank 0 (or none in {COLLECTION_TIMEOUT:.0f} s): "
-            "start all with the same arguments, and let no test depend on the rank"
+            f"hpcray: ranks {different} have collected other tests than rank 0: start all with the same arguments, and let "
+            "no test's existence depend on the rank"
         )
-
-
-def _receive(world: bootstrap.World, source: int, deadline: float | None) -> object:
-    while not world.comm.Iprobe(source, _TAG):
-        if deadline is not None and monotonic() > deadline:
-            return None
-        sleep(_PAUSE)
-    return world.comm.recv(source=source, tag=_TAG)
 
 
 class Tester:
@@ -149,8 +135,7 @@ class Follower:
     def _follow(self, until: str | None) -> None:
         failure: Exception | None = None
         while not self._is_over:
-            order = _receive(self._world, 0, None)
-            assert isinstance(order, Order)
+            order = self._next_order()
             if order.what == "over":
                 self._is_over = True
             elif order.what == "serve":
@@ -164,6 +149,12 @@ class Follower:
                 break
         if failure is not None:
             raise failure
+
+    def _next_order(self) -> Order:
+        while not self._world.comm.Iprobe(0, _TAG):
+            sleep(_PAUSE)
+        order: Order = self._world.comm.recv(source=0, tag=_TAG)
+        return order
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:

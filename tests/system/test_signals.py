@@ -166,8 +166,9 @@ def test_kill_9_of_a_worker_is_a_retry(way, starter):
     assert "again" in finished.out
 
 
-@pytest.mark.parametrize("way", ["run", "run-n:openmpi", "run-n:mpich", "mpirun-init:openmpi", "mpirun-init:mpich"],
-                         indirect=True)
+@pytest.mark.parametrize(
+    "way", ["run", "run-n:openmpi", "run-n:mpich", "mpirun-init:openmpi", "mpirun-init:mpich"], indirect=True
+)
 def test_kill_9_of_a_fork_server_ends_the_job(way, starter):
     job, _driver = busy_job(way, starter)
     fork_servers_of(job)[-1].kill()

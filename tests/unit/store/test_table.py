@@ -1,0 +1,811 @@
+"""References and memory: first the scenarios that programs bring about, then the table by itself, case by case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import pytest
+
+from hpcray import ids, payload
+from hpcray.exceptions import InternalError
+from hpcray.protocol import messages as m
+from hpcray.store.allocator import Allocator
+from hpcray.store.table import HERE, INLINE, MAPPED, Block, ObjectTable
+from hpcray.testing.cluster import Cluster
+from hpcray.testing.process import Process
+
+ORDERS = 15
+
+
+@pytest.fixture(params=range(ORDERS))
+def order(request: pytest.FixtureRequest) -> Callable[[list[Any]], Any]:
+    """One of many orders in which messages arrive."""
+    return Random(request.param).choice
+
+
+def three_hosts() -> tuple[Cluster, Process]:
+    cluster = Cluster([1, 1, 1])
+    return cluster, cluster.add_driver()
+
+
+def on(cluster: Cluster, process: Process, rank: int, **options: Any) -> bytes:
+    return cluster.template(process, f"on{rank}", node=rank, **options)
+
+
+def let_go_of_everything(cluster: Cluster, order: Callable[[list[Any]], Any]) -> None:
+    cluster.run(order)
+    for process in cluster.processes:
+        process.release(list(process.held))
+    cluster.run(order)
+    assert cluster.leftovers() == []
+
+
+# --------------------------------------------------------------------------------------------------------- references
+def test_an_object_lives_as_long_as_the_object_that_holds_it(order):
+    # inner = put(1); outer = put([inner]); del inner; get(get(outer)[0])
+    cluster, driver = three_hosts()
+    inner = driver.put()
+    outer = driver.put([inner])
+    driver.release([inner])
+    cluster.run(order)
+    driver.get([outer])
+    cluster.run(order)
+    driver.get([inner])
+    cluster.run(order)
+    assert driver.values.keys() == {outer, inner}
+    assert not driver.errors
+    let_go_of_everything(cluster, order)
+
+
+def test_an_argument_lives_until_the_task_has_run(order):
+    # ref = f.remote([put(1)])    # nobody but the task has the inner reference
+    cluster, driver = three_hosts()
+    inner = driver.put()
+    driver.submit(on(cluster, driver, 1), nested=[inner])
+    driver.release([inner])
+    cluster.run(order)
+    worker = cluster.worker_on(1)
+    worker.get([inner])
+    cluster.run(order)
+    assert inner in worker.values
+    assert not worker.errors
+    worker.finish()
+    let_go_of_everything(cluster, order)
+
+
+def test_a_task_may_keep_a_reference_of_its_argument(order):
+    # def f(refs): global kept; kept = refs
+    cluster, driver = three_hosts()
+    inner = driver.put()
+    ref = driver.submit(on(cluster, driver, 1), nested=[inner])
+    driver.release([inner])
+    cluster.run(order)
+    worker = cluster.worker_on(1)
+    worker.finish(keep=True)
+    driver.release(ref)
+    cluster.run(order)
+    assert inner in cluster.ranks[0].core.table.entries
+    worker.get([inner])
+    cluster.run(order)
+    assert not worker.errors
+    let_go_of_everything(cluster, order)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_returned_reference_outlives_the_task_that_made_it(order, large):
+    # def f(): return [put(1)]
+    cluster, driver = three_hosts()
+    (ref,) = driver.submit(on(cluster, driver, 1))
+    cluster.run(order)
+    worker = cluster.worker_on(1)
+    inner = worker.put()
+    worker.finish([inner], large=large, size=2000 if large else 0)
+    cluster.run(order)
+    driver.get([ref])
+    cluster.run(order)
+    driver.release([ref])
+    driver.get([inner])
+    cluster.run(order)
+    assert inner in driver.values
+    assert not driver.errors
+    let_go_of_everything(cluster, order)
+
+
+def test_a_returned_reference_may_be_homed_at_a_third_rank(order):
+    # x = on2.remote();  y = on1.remote([x]); del x          def on1(refs): return refs
+    cluster, driver = three_hosts()
+    (first,) = driver.submit(on(cluster, driver, 2))
+    cluster.run(order)
+    maker = cluster.worker_on(2)
+    inner = maker.put()
+    maker.finish([inner])
+    (second,) = driver.submit(on(cluster, driver, 1), [first])
+    driver.release([first])
+    cluster.run(order)
+    worker = cluster.worker_on(1)
+    assert inner in worker.held
+    worker.finish([inner])
+    cluster.run(order)
+    driver.get([second])
+    cluster.run(order)
+    driver.get([inner])
+    cluster.run(order)
+    assert inner in driver.values
+    assert not driver.errors
+    let_go_of_everything(cluster, order)
+
+
+def test_a_borrower_may_lend_to_another(order):
+    # def a(refs): b.remote(refs)      # and returns without waiting
+    # a.remote([x]); del x             # b, on a third rank, is the last that holds x
+    cluster, driver = three_hosts()
+    x = driver.put()
+    ref = driver.submit(on(cluster, driver, 1), nested=[x])
+    driver.release([x, *ref])
+    cluster.run(order)
+    first = cluster.worker_on(1)
+    first.submit(on(cluster, first, 2), nested=[x])
+    first.finish()
+    cluster.run(order)
+    second = cluster.worker_on(2)
+    second.get([x])
+    cluster.run(order)
+    assert x in second.values
+    assert not second.errors
+    second.finish()
+    let_go_of_everything(cluster, order)
+
+
+def test_a_release_does_not_overtake_the_borrow_that_it_protects():
+    # def f(refs): kept.extend(refs)    # the borrow of the inner one is slow, the end of the task fast
+    cluster, driver = three_hosts()
+    x = driver.put()
+    ref = driver.submit(on(cluster, driver, 1), nested=[x])
+    driver.release([x])
+    slow = {("rank", 0, 1)}
+    cluster.run()
+    worker = cluster.worker_on(1)
+    worker.finish(keep=True)
+    cluster.run(hold=slow)  # the answer to the borrow is under way
+    driver.get(ref)
+    cluster.run(hold=slow)
+    assert x in cluster.ranks[0].core.table.entries
+    cluster.run()
+    assert x in cluster.ranks[0].core.table.entries
+    let_go_of_everything(cluster, lambda links: links[0])
+
+
+def test_a_reply_waits_until_the_borrows_of_its_references_are_counted():
+    # the returned reference is homed at rank 2; rank 0 must be counted there before rank 1 lets go
+    cluster, driver = three_hosts()
+    (first,) = driver.submit(on(cluster, driver, 2))
+    cluster.run()
+    maker = cluster.worker_on(2)
+    inner = maker.put()
+    maker.finish([inner])
+    (second,) = driver.submit(on(cluster, driver, 1), [first])
+    cluster.run()
+    cluster.worker_on(1).finish([inner])
+    driver.release([first])
+    held = {("rank", 1, 2)}
+    cluster.run(hold=held)
+    driver.get([second])
+    cluster.run(hold=held)
+    assert driver.wanted == {second}
+    assert inner in cluster.ranks[2].core.table.entries
+    cluster.run()
+    driver.get([inner])
+    cluster.run()
+    assert not driver.errors
+    let_go_of_everything(cluster, lambda links: links[0])
+
+
+def test_a_worker_that_dies_while_it_borrows_leaves_no_count(order):
+    # def f(refs): os.kill(os.getpid(), 9)
+    cluster, driver = three_hosts()
+    x = driver.put()
+    (ref,) = driver.submit(on(cluster, driver, 1), nested=[x])
+    driver.release([x])
+    while not cluster.running:
+        cluster.deliver(order(cluster.choices()))
+    cluster.kill(cluster.worker_on(1))
+    driver.get([ref])
+    cluster.run(order)
+    assert payload.describe_system_error(driver.errors[ref])[0] == "WorkerCrashedError"
+    let_go_of_everything(cluster, order)
+
+
+def test_what_a_dead_worker_has_put_is_not_lost(order):
+    # ref = f.remote(); x = get(ref)[0]; kill -9 the worker; get(x)
+    cluster, driver = three_hosts()
+    (ref,) = driver.submit(on(cluster, driver, 1))
+    cluster.run(order)
+    worker = cluster.worker_on(1)
+    x = worker.put(size=2000, large=True)
+    cluster.run(order)
+    worker.finish([x], keep=True)
+    cluster.run(order)
+    cluster.kill(worker)
+    driver.get([ref])
+    cluster.run(order)
+    driver.get([x])
+    cluster.run(order)
+    assert driver.values.keys() == {ref, x}
+    assert not driver.errors
+    let_go_of_everything(cluster, order)
+
+
+def test_a_handle_that_was_passed_on_keeps_the_actor_alive(order):
+    # counter = Counter.remote(); f.remote([counter]); del counter
+    cluster, driver = three_hosts()
+    actor = driver.create_actor(cluster.template(driver, "A", resources={}, actor=m.ActorOptions()))
+    handle = ids.object_id(actor, 0)
+    driver.submit(on(cluster, driver, 1), nested=[handle])
+    driver.release([handle])
+    cluster.run(order)
+    next(worker for worker in cluster.running if worker.actor).finish()
+    cluster.run(order)
+    (caller,) = [worker for worker in cluster.running if not worker.actor]
+    (result,) = caller.call(actor)
+    caller.get([result])
+    cluster.run(order)
+    (host,) = [worker for worker in cluster.running if worker.actor]
+    host.finish()
+    cluster.run(order)
+    assert result in caller.values
+    assert not caller.errors
+    caller.finish()
+    let_go_of_everything(cluster, order)
+
+
+def test_the_view_of_an_argument_ends_with_the_task():
+    # x = put(array); get(f.remote(x)); del x       # the worker goes on to live, the memory is free again
+    cluster, driver = three_hosts()
+    x = driver.put(size=2000, large=True)
+    cluster.run()
+    refs = driver.submit(on(cluster, driver, 0), [x])
+    cluster.run()
+    cluster.worker_on(0).finish()
+    driver.release([x, *refs])
+    cluster.run()
+    assert cluster.ranks[0].core.table.memory_in_use == 0
+    assert cluster.workers
+
+
+def test_a_list_of_many_objects_that_hold_each_other_is_freed():
+    # for _ in range(5000): ref = put([ref])
+    cluster, driver = three_hosts()
+    ref = driver.put()
+    for _ in range(5000):
+        ref, last = driver.put([ref]), ref
+        driver.release([last])
+    cluster.run(check=False)
+    driver.release([ref])
+    cluster.run(check=False)
+    assert cluster.leftovers() == []
+
+
+def test_a_long_chain_of_tasks_fails_with_its_first():
+    # for _ in range(3000): ref = f.remote(ref)          # and the first one raises
+    cluster = Cluster([1])
+    driver = cluster.add_driver()
+    template = cluster.template(driver, "f")
+    (ref,) = driver.submit(template)
+    for _ in range(3000):
+        (ref,), last = driver.submit(template, [ref]), ref
+        driver.release([last])
+    cluster.run(check=False)
+    cluster.worker_on(0).finish(failed=True)
+    driver.get([ref])
+    cluster.run(check=False)
+    assert ref in driver.errors
+
+
+# -------------------------------------------------------------------------------------------------- the table by itself
+ME, NEIGHBOUR, FAR, FARTHER = 0, 1, 2, 3
+SIZE = 4096
+
+
+def name(home: int, number: int) -> bytes:
+    return ids.object_id(ids.task_id(ids.client_prefix(home, b"12345678", 1), number), 0)
+
+
+class Out:
+    """Keeps what the table says."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, Any]] = []
+        self.receiving: dict[int, tuple[int, Block, Callable[[str | None], None]]] = {}
+        self.serving: list[tuple[int, int, Block, Callable[[str | None], None]]] = []
+
+    def send(self, rank: int, message: Any) -> None:
+        self.sent.append((rank, message))
+
+    def is_same_host(self, rank: int) -> bool:
+        return rank == NEIGHBOUR
+
+    def new_tag(self, rank: int) -> int:
+        return len(self.sent) + 1
+
+    def receive(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
+        self.receiving[tag] = (rank, block, done)
+
+    def serve(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
+        self.serving.append((rank, tag, block, done))
+
+    def take(self) -> list[tuple[int, Any]]:
+        sent, self.sent = self.sent, []
+        return sent
+
+    def arrive(self, error: str | None = None) -> None:
+        """The one transfer that is under way ends."""
+        ((tag, (_, _, done)),) = self.receiving.items()
+        del self.receiving[tag]
+        done(error)
+
+
+@pytest.fixture
+def out() -> Out:
+    return Out()
+
+
+@pytest.fixture
+def table(out: Out) -> Iterator[ObjectTable]:
+    table = ObjectTable(ME, Allocator(0, SIZE), out)
+    yield table
+    table.check()
+
+
+def write(table: ObjectTable, identifier: bytes, size: int = 1024) -> Block:
+    blocks: list[Block | None] = []
+    table.reserve(identifier, size, 100.0, blocks.append)
+    (block,) = blocks
+    assert block is not None
+    return block
+
+
+def fetch(table: ObjectTable, out: Out, identifier: bytes, size: int = 1024) -> None:
+    """A task's argument comes here from afar; when the task is done it stays as a copy that may be evicted."""
+    table.add_guest(identifier, size, [FAR])
+    assert not table.when_local(identifier, lambda: None)
+    out.arrive()
+    table.drop_guest(identifier)
+    out.take()
+
+
+def ask(table: ObjectTable, size: int, deadline: float = 100.0) -> list[Block | None]:
+    """What a creator is told, once it is told."""
+    told: list[Block | None] = []
+    table.reserve(name(ME, 99), size, deadline, told.append)
+    return told
+
+
+def borrowed(table: ObjectTable, out: Out, identifier: bytes) -> None:
+    """Hold a reference that is homed elsewhere, and have the home count it."""
+    table.hold(identifier)
+    table.on_borrowed(ids.home_of(identifier))
+    out.take()
+
+
+def test_to_drop_what_nobody_holds_is_a_bug(table):
+    with pytest.raises(InternalError, match="nothing here holds"):
+        table.drop(name(ME, 1))
+
+
+def test_to_give_back_what_the_home_forgot_is_a_bug(table):
+    with pytest.raises(InternalError, match="has forgotten"):
+        table.on_unborrow(name(ME, 1), FAR, 1)
+
+
+def test_holding_a_reference_homed_here_that_was_freed_gives_an_error_and_no_hang(table):
+    entry = table.hold(name(ME, 1))
+    assert entry.state == INLINE
+    assert payload.describe_system_error(entry.data)[0] == "ObjectLostError"
+    table.drop(name(ME, 1))
+    assert not table.entries
+
+
+def test_a_borrow_of_what_was_freed_is_counted_and_given_back(table):
+    table.on_borrow(name(ME, 1), FAR)
+    table.on_unborrow(name(ME, 1), FAR, 1)
+    assert not table.entries
+
+
+def test_what_is_held_twice_is_borrowed_once(table, out):
+    x = name(FAR, 1)
+    table.hold(x)
+    table.hold(x)
+    assert out.take() == [(FAR, m.Borrow(x, ME))]
+    table.on_borrowed(FAR)
+    table.drop(x)
+    assert not out.sent
+    table.drop(x)
+    assert out.take() == [(FAR, m.Unborrow(x, 1))]
+    assert not table.entries
+
+
+def test_a_reference_that_came_counted_is_given_back_as_often_as_it_came(table, out):
+    x = name(FAR, 1)
+    table.hold_counted(x)
+    table.hold_counted(x)
+    table.drop(x)
+    table.drop(x)
+    assert out.take() == [(FAR, m.Unborrow(x, 2))]
+
+
+def test_nothing_is_let_go_of_before_earlier_borrows_are_counted(table, out):
+    x, y = name(FAR, 1), name(FARTHER, 1)
+    borrowed(table, out, x)
+    table.hold(y)
+    table.drop(x)
+    told = []
+    table.after_borrows(lambda: told.append("replied"))
+    assert out.take() == [(FARTHER, m.Borrow(y, ME))]
+    assert not told
+    table.on_borrowed(FARTHER)
+    assert out.take() == [(FAR, m.Unborrow(x, 1))]
+    assert told == ["replied"]
+    table.drop(y)
+
+
+def test_what_is_let_go_of_keeps_its_order_over_several_homes(table, out):
+    x, y = name(FAR, 1), name(FARTHER, 1)
+    order = []
+    table.hold(x)
+    table.after_borrows(lambda: order.append(1))
+    table.hold(y)
+    table.after_borrows(lambda: order.append(2))
+    table.on_borrowed(FARTHER)
+    assert order == []  # the older one is not counted yet
+    table.on_borrowed(FAR)
+    assert order == [1, 2]
+
+
+def test_counts_for_others_go_to_the_home(table, out):
+    mine, theirs = name(ME, 1), name(FAR, 1)
+    table.create(mine)
+    table.count_for(mine, FARTHER)
+    table.count_for(theirs, FARTHER)
+    table.count_for(theirs, FAR)  # the home itself needs no count
+    assert out.take() == [(FAR, m.Borrow(theirs, FARTHER))]
+    table.drop(mine)
+    assert mine in table.entries
+    table.on_unborrow(mine, FARTHER, 1)
+    assert mine not in table.entries
+
+
+@pytest.mark.parametrize("kind", ["inline", "here", "away"])
+def test_a_result_that_nobody_wants_any_more_is_let_go_of(table, out, kind):
+    x, inner = name(ME, 1), name(ME, 2)
+    table.create(x)
+    table.create(inner)
+    table.drop(x)
+    if kind == "inline":
+        table.set_inline(x, b"\0", [inner])
+    elif kind == "here":
+        table.set_here(x, write(table, x), [inner])
+    else:
+        table.set_away(x, FAR, 1024, [inner])
+        assert out.take() == [(FAR, m.Free([x]))]
+    assert not table.entries
+    assert table.memory_in_use == 0
+
+
+def test_memory_goes_back_when_the_last_view_is_gone(table):
+    x = name(ME, 1)
+    table.create(x)
+    block = write(table, x)
+    table.set_here(x, block, [])
+    table.pin(block)
+    table.drop(x)
+    assert table.memory_in_use == 1024
+    table.unpin(block)
+    assert table.memory_in_use == 0
+
+
+def test_a_primary_copy_is_kept_until_its_home_frees_it(table, out):
+    x = name(FAR, 1)
+    table.keep_primary(x, write(table, x))
+    assert ask(table, SIZE) == []
+    table.on_free(x)
+    assert table.memory_in_use == SIZE
+    assert not table.entries
+
+
+def test_waiters_are_told_once_the_object_exists(table):
+    x = name(ME, 1)
+    table.create(x)
+    told = []
+    assert not table.when_exists(x, lambda: told.append(1))
+    assert not table.when_exists(x, lambda: told.append(2))
+    table.set_inline(x, b"\0", [])
+    assert told == [1, 2]
+    assert table.when_exists(x, lambda: told.append(3))
+
+
+def test_a_borrower_asks_the_home_once_and_gets_small_objects_in_the_answer(table, out):
+    x = name(FAR, 1)
+    borrowed(table, out, x)
+    told = []
+    assert not table.when_exists(x, lambda: told.append("exists"))
+    assert not table.when_local(x, lambda: told.append("local"))
+    assert out.take() == [(FAR, m.Locate(x))]
+    table.on_located(m.Located(x, b"\0data", 5, []))
+    assert told == ["exists", "local"]
+    assert table.entries[x].data == b"\0data"
+
+
+def test_the_home_answers_where_an_object_is_once_it_exists(table, out):
+    x = name(ME, 1)
+    table.create(x)
+    table.on_locate(x, FAR)
+    assert not out.sent
+    table.set_away(x, FARTHER, 1024, [])
+    assert out.take() == [(FAR, m.Located(x, None, 1024, [FARTHER]))]
+    table.on_copy_added(m.CopyAdded(x, mapped=False), FAR)
+    table.on_locate(x, 7)
+    assert out.take() == [(7, m.Located(x, None, 1024, [FAR, FARTHER]))]
+    table.on_copy_dropped(x, FAR)
+    table.on_locate(x, 7)
+    assert out.take() == [(7, m.Located(x, None, 1024, [FARTHER]))]
+
+
+def test_the_home_says_so_when_it_is_asked_for_what_it_freed(table, out):
+    table.on_locate(name(ME, 1), FAR)
+    ((_, message),) = out.take()
+    assert payload.describe_system_error(message.data)[0] == "ObjectLostError"
+
+
+def test_a_transfer_makes_a_copy_and_tells_the_home(table, out):
+    x = name(FAR, 1)
+    told = []
+    table.add_guest(x, 1024, [FAR])
+    assert not table.when_local(x, lambda: told.append(1))
+    ((_, pull),) = out.take()
+    assert pull == m.Pull(x, pull.tag)
+    out.arrive()
+    assert told == [1]
+    assert out.take() == [(FAR, m.CopyAdded(x, mapped=False))]
+    assert table.entries[x].state == HERE
+
+
+def test_an_answer_of_the_home_does_not_start_a_second_transfer(table, out):
+    x = name(FAR, 1)
+    borrowed(table, out, x)
+    table.when_exists(x, lambda: None)
+    table.add_guest(x, 1024, [FAR])
+    assert not table.when_local(x, lambda: None)
+    assert [type(message) for _, message in out.take()] == [m.Locate, m.Pull]
+    table.on_located(m.Located(x, None, 1024, [FAR]))
+    assert not out.sent
+    out.arrive()
+    assert table.memory_in_use == 1024
+
+
+def test_a_task_brings_the_place_of_what_others_here_wait_for(table, out):
+    x = name(FAR, 1)
+    borrowed(table, out, x)
+    told = []
+    assert not table.when_local(x, lambda: told.append(1))
+    table.add_guest(x, 1024, [FAR])
+    assert [type(message) for _, message in out.take()] == [m.Locate, m.Pull]
+    out.arrive()
+    assert told == [1]
+
+
+def test_a_source_that_has_lost_its_copy_is_passed_over(table, out):
+    x = name(FARTHER, 1)
+    told = []
+    table.add_guest(x, 1024, [FAR, FARTHER])
+    table.when_local(x, lambda: told.append(1))
+    out.arrive("it was evicted there")
+    assert not told
+    assert [(rank, type(message)) for rank, message in out.take()] == [(FAR, m.Pull), (FARTHER, m.Pull)]
+    out.arrive()
+    assert told == [1]
+    assert table.memory_in_use == 1024
+
+
+def test_without_any_copy_the_object_is_lost_and_whoever_waits_hears_of_it(table, out):
+    x = name(FARTHER, 1)
+    told = []
+    table.add_guest(x, 1024, [FAR])
+    table.when_local(x, lambda: told.append(1))
+    out.arrive("gone")
+    assert told == [1]
+    assert payload.describe_system_error(table.entries[x].data)[0] == "ObjectLostError"
+    assert table.memory_in_use == 0
+
+
+def test_a_later_task_adds_the_copies_that_it_knows_of(table, out):
+    x = name(FARTHER, 1)
+    table.add_guest(x, 1024, [FAR])
+    table.when_local(x, lambda: None)
+    table.add_guest(x, 1024, [FARTHER])
+    out.take()
+    out.arrive("gone")
+    assert [rank for rank, _ in out.take()] == [FARTHER]
+
+
+def test_what_can_never_fit_is_an_error_at_once(table):
+    x = name(FAR, 1)
+    table.add_guest(x, SIZE + 64, [FAR])
+    called = []
+    assert table.when_local(x, lambda: called.append(1))  # as True says so, nobody is called
+    assert not called
+    assert payload.describe_system_error(table.entries[x].data)[0] == "ObjectStoreFullError"
+
+
+def test_a_transfer_that_ends_after_its_object_was_freed_gives_its_memory_back(table, out):
+    x = name(ME, 1)
+    table.create(x)
+    table.set_away(x, FAR, 1024, [])
+    table.when_local(x, lambda: None)
+    table.drop(x)
+    assert not table.entries
+    out.arrive()
+    assert table.memory_in_use == 0
+
+
+def test_a_fetch_that_waited_for_room_while_its_object_was_freed_does_not_start(table, out):
+    x, filler = name(ME, 1), name(ME, 2)
+    table.create(filler)
+    table.set_here(filler, write(table, filler, SIZE), [])
+    table.create(x)
+    table.set_away(x, FAR, 1024, [])
+    table.when_local(x, lambda: None)
+    table.drop(x)
+    table.drop(filler)
+    assert not out.receiving
+    assert table.memory_in_use == 0
+
+
+def test_ranks_of_one_host_map_instead_of_transferring(table, out):
+    x = name(NEIGHBOUR, 1)
+    told = []
+    table.add_guest(x, 1024, [FAR, NEIGHBOUR])
+    table.when_local(x, lambda: told.append(1))
+    assert out.take() == [(NEIGHBOUR, m.MapObject(x))]
+    table.on_mapped(m.ObjectMapped(x, 512, 1024), NEIGHBOUR)
+    assert told == [1]
+    assert out.take() == [(NEIGHBOUR, m.CopyAdded(x, mapped=True))]
+    assert table.entries[x].state == MAPPED
+    table.drop_guest(x)
+    table.on_free(x)
+    assert out.take() == [(NEIGHBOUR, m.UnmapObject(x))]
+    assert not table.entries
+
+
+def test_where_mapping_fails_the_object_is_fetched_from_elsewhere(table, out):
+    x = name(FAR, 1)
+    table.add_guest(x, 1024, [FAR, NEIGHBOUR])
+    table.when_local(x, lambda: None)
+    out.take()
+    table.on_map_failed(x, NEIGHBOUR)
+    assert [(rank, type(message)) for rank, message in out.take()] == [(FAR, m.Pull)]
+
+
+def test_a_mapping_that_comes_too_late_is_given_back(table, out):
+    table.on_mapped(m.ObjectMapped(name(NEIGHBOUR, 1), 512, 1024), NEIGHBOUR)
+    assert out.take() == [(NEIGHBOUR, m.UnmapObject(name(NEIGHBOUR, 1)))]
+
+
+def test_what_a_neighbour_maps_stays_until_it_unmaps_it(table, out):
+    x = name(ME, 1)
+    table.create(x)
+    block = write(table, x)
+    table.set_here(x, block, [])
+    table.on_map(x, NEIGHBOUR)
+    assert out.take() == [(NEIGHBOUR, m.ObjectMapped(x, block.offset, 1024))]
+    table.on_copy_added(m.CopyAdded(x, mapped=True), NEIGHBOUR)
+    table.drop(x)
+    assert out.take() == [(NEIGHBOUR, m.Free([x]))]
+    assert table.memory_in_use == 1024
+    table.on_unmap(x, NEIGHBOUR)
+    assert table.memory_in_use == 0
+
+
+def test_what_is_not_here_can_be_neither_pulled_nor_mapped(table, out):
+    x = name(ME, 1)
+    table.on_pull(m.Pull(x, 5), FAR)
+    table.on_map(x, NEIGHBOUR)
+    assert out.take() == [(FAR, m.PullFailed(x, 5)), (NEIGHBOUR, m.PullFailed(x, 0))]
+
+
+def test_what_is_being_sent_stays_until_it_is_sent(table, out):
+    x = name(ME, 1)
+    table.create(x)
+    table.set_here(x, write(table, x), [])
+    table.on_pull(m.Pull(x, 5), FAR)
+    table.drop(x)
+    assert table.memory_in_use == 1024
+    ((_, _, _, done),) = out.serving
+    done(None)
+    assert table.memory_in_use == 0
+
+
+def test_a_copy_that_is_reported_after_the_end_is_freed(table, out):
+    table.on_copy_added(m.CopyAdded(name(ME, 1), mapped=False), FAR)
+    assert out.take() == [(FAR, m.Free([name(ME, 1)]))]
+
+
+# ----------------------------------------------------------------------------------------------------- a full store
+def test_copies_that_nobody_uses_make_room_oldest_first(table, out):
+    for number in range(4):
+        fetch(table, out, name(FAR, number))
+    (block,) = ask(table, 2048)
+    assert block is not None
+    assert out.take() == [(FAR, m.CopyDropped(name(FAR, 0))), (FAR, m.CopyDropped(name(FAR, 1)))]
+    assert set(table.entries) == {name(FAR, 2), name(FAR, 3)}
+
+
+def test_a_copy_that_is_looked_at_stays_and_makes_room_when_the_view_ends(table, out):
+    for number in range(4):
+        fetch(table, out, name(FAR, number))
+    block = table.entries[name(FAR, 0)].block
+    assert block is not None
+    table.pin(block)
+    told = ask(table, SIZE)
+    assert told == []
+    table.unpin(block)
+    assert len(told) == 1
+
+
+def test_a_creator_is_served_when_a_copy_loses_its_last_use(table, out):
+    for number in range(3):
+        fetch(table, out, name(FAR, number))
+    x = name(FAR, 3)
+    table.add_guest(x, 1024, [FAR])
+    table.when_local(x, lambda: None)
+    out.arrive()
+    told = ask(table, SIZE)
+    assert told == []
+    table.drop_guest(x)
+    assert len(told) == 1
+
+
+def test_creators_are_served_in_order_each_with_its_own_size(table, out):
+    for number in range(4):
+        fetch(table, out, name(FAR, number))
+    pinned = [table.entries[name(FAR, number)].block for number in range(4)]
+    for block in pinned:
+        table.pin(block)
+    first, second, third = ask(table, 2048), ask(table, 1024), ask(table, 512)
+    for block in pinned:
+        table.unpin(block)
+    assert [block.size for (block,) in (first, second, third)] == [2048, 1024, 512]
+    assert table.memory_in_use == 2048 + 1024 + 512
+
+
+def test_a_small_request_waits_behind_a_large_one(table):
+    x = name(ME, 1)
+    table.create(x)
+    table.set_here(x, write(table, x, 1024), [])
+    large = ask(table, SIZE)
+    small = ask(table, 64)
+    assert small == []
+    table.drop(x)
+    assert len(large) == 1
+    assert small == []  # the large one has all of it
+    table.abandon(large[0])
+    assert len(small) == 1
+
+
+def test_when_the_time_of_a_large_request_is_over_those_behind_it_are_served(table):
+    x = name(ME, 1)
+    table.create(x)
+    table.set_here(x, write(table, x, 1024), [])
+    large = ask(table, SIZE, deadline=5.0)
+    small = ask(table, 64, deadline=50.0)
+    assert table.next_expiry == 5.0
+    table.expire(5.0)
+    assert large == [None]
+    assert len(small) == 1
+    assert small[0] is not None
+
+
+def test_what_is_larger_than_the_arena_is_refused_at_once(table):
+    assert ask(table, SIZE + 64) == [None]
+    assert "does not fit" in table.why_full(SIZE + 64)
