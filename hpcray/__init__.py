@@ -37,17 +37,41 @@ if TYPE_CHECKING:
     from hpcray.actors.actor_class import method as method
     from hpcray.api import (
         available_resources as available_resources,
+    )
+    from hpcray.api import (
         cluster_resources as cluster_resources,
+    )
+    from hpcray.api import (
         get as get,
+    )
+    from hpcray.api import (
         get_actor as get_actor,
+    )
+    from hpcray.api import (
         get_gpu_ids as get_gpu_ids,
+    )
+    from hpcray.api import (
         init as init,
+    )
+    from hpcray.api import (
         is_initialized as is_initialized,
+    )
+    from hpcray.api import (
         kill as kill,
+    )
+    from hpcray.api import (
         nodes as nodes,
+    )
+    from hpcray.api import (
         put as put,
+    )
+    from hpcray.api import (
         remote as remote,
+    )
+    from hpcray.api import (
         shutdown as shutdown,
+    )
+    from hpcray.api import (
         wait as wait,
     )
     from hpcray.object_ref import ObjectRef as ObjectRef

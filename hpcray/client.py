@@ -419,9 +419,7 @@ class Client:
             self._dead_views.append(stored)
             self._flush_soon()
 
-    def wait(
-        self, identifiers: Sequence[bytes], num_returns: int, timeout: float | None, *, fetch: bool
-    ) -> set[bytes]:
+    def wait(self, identifiers: Sequence[bytes], num_returns: int, timeout: float | None, *, fetch: bool) -> set[bytes]:
         """Block until `num_returns` of the objects exist (with `fetch`: are on this node); all that do."""
         ready, values, watched, existing = self._ready, self._values, self._watched, self._existing
         deadline = None if timeout is None else monotonic() + timeout

@@ -82,7 +82,7 @@ class RayTaskError(RayError):
             BaseException.__init__(error, cause)
             _copy_slots(cause, error)
             error._keep(*self._fields)
-        except Exception:  # noqa: BLE001 - a metaclass or memory layout of the user's that admits no second base
+        except Exception:
             return self
         return error
 

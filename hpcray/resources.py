@@ -33,7 +33,9 @@ def shape_of(amounts: Mapping[str, float]) -> Shape:
         if (fixed := to_fixed(amount)) != 0:
             shape[name] = fixed
         elif amount != 0:
-            raise ValueError(f"the quantity of resource {name!r} is below 1/{UNIT}, the finest that is counted: {amount!r}")
+            raise ValueError(
+                f"the quantity of resource {name!r} is below 1/{UNIT}, the finest that is counted: {amount!r}"
+            )
     return shape
 
 

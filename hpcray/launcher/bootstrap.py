@@ -222,10 +222,7 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
     rank = world.rank if world else 0
     doorbell = Doorbell() if world else None
     mine = _introduce(options, doorbell)
-    if world:
-        everybody = _agree(world, mine)
-    else:
-        everybody = [mine]
+    everybody = _agree(world, mine) if world else [mine]
     nodes = _make_nodes(options, config, everybody)
     arena = Arena.create(nodes[rank].arena_size)
     loop = EventLoop()
@@ -261,7 +258,7 @@ def _introduce(options: JobOptions, doorbell: Doorbell | None) -> Introduction:
 
 def _machine() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/net').st_ino} {os.stat('/proc/self/ns/pid').st_ino}"
+    return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/net').stat().st_ino} {Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def _agree(world: World, mine: Introduction) -> list[Introduction]:
@@ -276,9 +273,7 @@ def _agree(world: World, mine: Introduction) -> list[Introduction]:
     return [msgspec.convert(one, Introduction, strict=False) for one in everybody]
 
 
-def _make_nodes(
-    options: JobOptions, config: configuration.Config, everybody: list[Introduction]
-) -> list[NodeInfo]:
+def _make_nodes(options: JobOptions, config: configuration.Config, everybody: list[Introduction]) -> list[NodeInfo]:
     machines = [one.machine for one in everybody]
     cpus = _deal_cpus(options, everybody, machines)
     gpus = _deal_gpus(options, everybody, machines)
@@ -305,7 +300,8 @@ def _deal_cpus(options: JobOptions, everybody: list[Introduction], machines: lis
     for machine in dict.fromkeys(machines):
         here = [rank for rank in offering if machines[rank] == machine]
         masks = [
-            RankMask(frozenset(everybody[r].affinity), everybody[r].cpus_on_host, everybody[r].cpus_of_rank) for r in here
+            RankMask(frozenset(everybody[r].affinity), everybody[r].cpus_on_host, everybody[r].cpus_of_rank)
+            for r in here
         ]
         for rank, count in zip(here, share(masks), strict=True):
             dealt[rank] = count if options.num_cpus is None else options.num_cpus
@@ -658,7 +654,7 @@ def _learn_exit_code() -> None:
         _exit_code = 1
         plain_hook(*exception)
 
-    sys.exit = remember_exit  # type: ignore[assignment]
+    sys.exit = remember_exit
     sys.excepthook = remember_exception
 
 
@@ -697,4 +693,3 @@ def stop_job() -> int:
             while sock.recv(1 << 16):
                 pass  # until the rank has gone
     return 0
-

@@ -57,9 +57,7 @@ _JOB_OPTIONS = [
         metavar="NUMBER",
         help="CPUs each rank offers (default: those it may use).",
     ),
-    click.option(
-        "--num-gpus", type=_amount, metavar="NUMBER", help="GPUs each rank offers (default: those it sees)."
-    ),
+    click.option("--num-gpus", type=_amount, metavar="NUMBER", help="GPUs each rank offers (default: those it sees)."),
     click.option(
         "--resources",
         type=_resources,
@@ -79,12 +77,8 @@ _JOB_OPTIONS = [
         help="CPUs rank 0 offers (default: none if it shares its host).",
     ),
     click.option("--namespace", metavar="NAME", help="The script's namespace for named actors."),
-    click.option(
-        "--log-dir", type=click.Path(file_okay=False), metavar="DIR", help="Keep the job's full logs here."
-    ),
-    click.option(
-        "--log-to-driver/--no-log-to-driver", default=True, help="Show what workers print (default: yes)."
-    ),
+    click.option("--log-dir", type=click.Path(file_okay=False), metavar="DIR", help="Keep the job's full logs here."),
+    click.option("--log-to-driver/--no-log-to-driver", default=True, help="Show what workers print (default: yes)."),
     click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as under python -m."),
     click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT [ARGS]..."),
 ]

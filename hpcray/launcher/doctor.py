@@ -117,9 +117,7 @@ def check_cpus(ranks: Sequence[Facts]) -> Finding:
         available = min(cpus.shared, len(together))
         if len(here) > available:
             told = f"{detail}; {len(here)} ranks of {here[0].host} share {_count(available, 'CPU')}"
-            return Finding(
-                "WARN", "CPUs", told, "start fewer ranks per host, or unbind them (--bind-to none)"
-            )
+            return Finding("WARN", "CPUs", told, "start fewer ranks per host, or unbind them (--bind-to none)")
         if len(together) < cpus.shared and here[0].launcher in ("openmpi", "hydra"):
             told = f"{detail}; the ranks of {here[0].host} are bound to {len(together)} of {cpus.shared}"
             return Finding("WARN", "CPUs", told, "mpirun --bind-to none (MPICH: -bind-to none)")
@@ -182,9 +180,7 @@ def check_shared_memory(ranks: Sequence[Facts]) -> Finding:
     failed = [rank for rank in ranks if rank.memfd_error]
     if failed:
         detail = f"{_at(failed, ranks)}memfd_create: {failed[0].memfd_error}"
-        return Finding(
-            "FAIL", "shared memory", detail, "allow memfd_create (the container's seccomp profile)"
-        )
+        return Finding("FAIL", "shared memory", detail, "allow memfd_create (the container's seccomp profile)")
     return Finding("OK", "shared memory", "memfd")
 
 
@@ -227,9 +223,7 @@ def render(ranks: Sequence[Facts], findings: Sequence[Finding]) -> str:
 
 
 def _table(ranks: Sequence[Facts]) -> list[str]:
-    rows = [
-        ("rank", "host", "CPUs: host", "affinity", "cgroup", "Slurm", "offered", "memory", "GPUs", "files")
-    ]
+    rows = [("rank", "host", "CPUs: host", "affinity", "cgroup", "Slurm", "offered", "memory", "GPUs", "files")]
     for rank, offered in zip(ranks, _offers(ranks), strict=True):
         cpus = rank.cpus
         quota = cpus.quota if cpus.quota is not None else cpus.cpuset
@@ -249,9 +243,7 @@ def _table(ranks: Sequence[Facts]) -> list[str]:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _offers(ranks: Sequence[Facts]) -> list[int]:

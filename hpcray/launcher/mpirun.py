@@ -124,11 +124,9 @@ def identify(version_text: str) -> Flavour | None:
 
 def mpirun_argv(mpirun: Mpirun, ranks: int, command: Sequence[str]) -> list[str]:
     """The command line that starts `ranks` unbound ranks of `command`."""
-    if mpirun.flavour == "openmpi":
-        # Bound ranks would see one or two CPUs each; and more ranks than cores are the user's word.
-        options = ["--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
-    else:
-        options = ["-bind-to", "none"]
+    # Bound ranks would see one or two CPUs each; and more ranks than cores are the user's word.
+    of_flavour = {"openmpi": ["--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]}
+    options = of_flavour.get(mpirun.flavour, ["-bind-to", "none"])
     return [mpirun.path, *options, "-n", str(ranks), *command]
 
 
@@ -145,9 +143,7 @@ def added_environment(flavour: Flavour) -> dict[str, str]:
     }
 
 
-def run_mpirun(
-    mpirun: Mpirun, ranks: int, command: Sequence[str], env: Mapping[str, str] = os.environ
-) -> int:
+def run_mpirun(mpirun: Mpirun, ranks: int, command: Sequence[str], env: Mapping[str, str] = os.environ) -> int:
     """Start the ranks, wait for the job and return its exit code. Blocks; only for the main thread.
 
     Rank 0 gets stdin, stdout and stderr by `stdio.borrow`. SIGINT, SIGTERM and SIGHUP end the job: first in
@@ -157,9 +153,7 @@ def run_mpirun(
     Raises:
         MpirunNotFound: It cannot be started.
     """
-    return _Supervisor().run(
-        mpirun_argv(mpirun, ranks, command), {**env, **added_environment(mpirun.flavour)}
-    )
+    return _Supervisor().run(mpirun_argv(mpirun, ranks, command), {**env, **added_environment(mpirun.flavour)})
 
 
 class _Supervisor:

@@ -88,4 +88,3 @@ class Work:
         self.num_returns = num_returns
         self.missing = 0
         """Arguments that are still on their way to this node."""
-

@@ -24,7 +24,7 @@ from hpcray.ids import client_prefix, object_id, task_of
 from hpcray.protocol import messages as m
 from hpcray.raylet.actors import HostedActors
 from hpcray.raylet.calls import Calls
-from hpcray.raylet.clients import Client, Worker, Work
+from hpcray.raylet.clients import Client, Work, Worker
 from hpcray.raylet.ledger import Ledger
 from hpcray.raylet.pool import Pool
 from hpcray.raylet.tasks import Tasks
@@ -717,13 +717,14 @@ class RayletCore:
         for identifier, count in held.items():
             entry = self.table.entries.get(identifier)
             if entry is None or entry.holds < count:
-                raise InternalError(f"rank {self.rank}: {count} clients hold {identifier.hex()}, which the table disputes")
+                raise InternalError(
+                    f"rank {self.rank}: {count} clients hold {identifier.hex()}, which the table disputes"
+                )
 
 
 def _offers_more(load: m.Load, reported: m.Load) -> bool:
     return (
-        load.arrived != reported.arrived
-        and load.room == reported.room
+        (load.arrived != reported.arrived and load.room == reported.room)
         or any(room > reported.room.get(template, 0) for template, room in load.room.items())
         or any(amount > reported.available.get(name, 0) for name, amount in load.available.items())
     )

@@ -129,9 +129,7 @@ def detect_cpus(
     )
 
 
-def detect_memory(
-    env: Mapping[str, str], root: Path = Path("/"), limits: CgroupLimits | None = None
-) -> MemoryReport:
+def detect_memory(env: Mapping[str, str], root: Path = Path("/"), limits: CgroupLimits | None = None) -> MemoryReport:
     """The memory that the job may use on this host; arguments as for `detect_cpus`."""
     limits = limits or read_limits(root)
     fields = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)

@@ -257,9 +257,7 @@ class Server:
                 **(request.env or {}),
                 DRIVER_SOCKET: driver_socket_value(sock, os.fstat(sock).st_ino),
             }
-            driver = subprocess.Popen(
-                request.argv, cwd=request.cwd, env=env, pass_fds=(sock,), preexec_fn=prepare
-            )
+            driver = subprocess.Popen(request.argv, cwd=request.cwd, env=env, pass_fds=(sock,), preexec_fn=prepare)
         finally:
             _close(fds)
         self._drivers[driver.pid] = driver
@@ -358,7 +356,7 @@ def _work(seat: WorkerSeat, run_worker: Callable[[socket.socket], None]) -> None
             code = ended.code or 0
         else:
             print(ended.code, file=sys.stderr)
-    except BaseException:  # noqa: BLE001 - the worker ends here, whatever it was
+    except BaseException:
         traceback.print_exc()
     finally:
         with contextlib.suppress(OSError, ValueError):

@@ -24,6 +24,11 @@ class Ledger:
         free = self.free
         return all(free.get(name, 0) >= amount for name, amount in shape.items())
 
+    def is_overdrawn(self, shape: Shape) -> bool:
+        """Whether workers that went on after having been blocked use more of what this needs than there is."""
+        free = self.free
+        return any(free.get(name, 0) < 0 for name in shape)
+
     def could_fit(self, shape: Shape) -> bool:
         """Whether the demand could be met if nothing else ran."""
         return all(self.total.get(name, 0) >= amount for name, amount in shape.items())

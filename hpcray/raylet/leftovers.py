@@ -29,9 +29,7 @@ class JobTraces(msgspec.Struct, array_like=True, frozen=True):
 
 
 _MAPPED = re.compile(r"/dev/shm/(\S+)$", re.MULTILINE)  # noqa: S108 - only read; a deleted file's line ends otherwise
-_OF_MPI = re.compile(
-    r"(mpich_shm_|mpich_shar_tmp|(sm|vader)_segment|osc_(sm|rdma)|open_mpi|ucx_shm_posix_|psm._shm)"
-)
+_OF_MPI = re.compile(r"(mpich_shm_|mpich_shar_tmp|(sm|vader)_segment|osc_(sm|rdma)|open_mpi|ucx_shm_posix_|psm._shm)")
 _SEGMENT = re.compile(r"(sm|vader)_segment\..*\.(?P<local_rank>\d+)$")
 _SESSION = re.compile(r"(ompi|prte|prterun)\.(.*\.)?(?P<pid>\d+)$")
 

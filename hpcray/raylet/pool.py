@@ -19,7 +19,7 @@ from typing import Protocol
 from hpcray import payload
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
-from hpcray.raylet.clients import Worker, Work
+from hpcray.raylet.clients import Work, Worker
 from hpcray.raylet.ledger import Ledger
 from hpcray.resources import UNIT, Shape
 from hpcray.store.table import HERE, INLINE, MAPPED, Entry, ObjectTable
@@ -54,6 +54,8 @@ class Pool:
         self.ready: dict[bytes, deque[Work]] = {}
         self.leases: dict[bytes, list[Worker]] = {}
         self.idle: list[Worker] = []
+        self.left_waiting: set[bytes] = set()
+        """Classes for which there was no room at all and that might have some if leases of others ended."""
         self._drained: list[Worker] = []
         self._seconds: dict[bytes, float] = {}
         self._fetching: dict[bytes, int] = {}
@@ -108,6 +110,8 @@ class Pool:
 
     def room(self, template: bytes) -> int:
         """How many more tasks of this class would find a place here now, pipelining included."""
+        if self.ledger.is_overdrawn(self._out.template(template).resources):
+            return 0
         depth = self.depth(template)
         room = 0
         for worker in self.leases.get(template, ()):
@@ -138,7 +142,8 @@ class Pool:
         spec = self._out.template(template)
         depth = self.depth(template)
         leases = self.leases.get(template, ())
-        others_wait = len(self.ready) > 1
+        others_wait = len(self.ready) > 1 or bool(self.left_waiting - {template})
+        is_overdrawn = self.ledger.is_overdrawn(spec.resources)
         while queue:
             if self._slots(template):
                 worker = self._open_lease(template, spec, now)
@@ -146,7 +151,7 @@ class Pool:
                 continue
             worker_with_room = None
             for worker in leases:
-                if worker.is_blocked or len(worker.tasks) >= depth or worker.actor is not None:
+                if is_overdrawn or worker.is_blocked or len(worker.tasks) >= depth or worker.actor is not None:
                     continue
                 if (others_starve or others_wait) and now - worker.lease_since > LEASE_SECONDS:
                     continue

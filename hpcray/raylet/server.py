@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -277,7 +278,9 @@ class RankServer:
                 self.loop.stop()
             elif not core.on_peer_message(source, message):
                 if gcs is None:
-                    raise InternalError(f"rank {source} sent {type(message).__name__} to rank {self.rank}, which has no GCS")
+                    raise InternalError(
+                        f"rank {source} sent {type(message).__name__} to rank {self.rank}, which has no GCS"
+                    )
                 gcs.on_message(source, message)
 
     # ---------------------------------------------------------------------------------------------------------- workers
@@ -324,7 +327,14 @@ class RankServer:
         """Start the script that this job is for; its exit is the job's end. `settings` are for its `init`."""
         ours, theirs = socket.socketpair()
         self.add_driver(ours, is_primary=True)
-        self._forks.spawn_driver(DRIVER_TOKEN, argv, {DRIVER_SETTINGS: json.dumps(settings)}, os.getcwd(), theirs.fileno(), own_group=not self._has_terminal)
+        self._forks.spawn_driver(
+            DRIVER_TOKEN,
+            argv,
+            {DRIVER_SETTINGS: json.dumps(settings)},
+            str(Path.cwd()),
+            theirs.fileno(),
+            own_group=not self._has_terminal,
+        )
         theirs.close()
 
     def watch_driver(self, pid: int) -> None:

@@ -43,7 +43,18 @@ class TasksOut(Protocol):
 class Task:
     """A task whose home this raylet is."""
 
-    __slots__ = ("arguments", "attempt", "dependencies", "id", "missing", "nested", "num_returns", "retries", "runs_on", "template")
+    __slots__ = (
+        "arguments",
+        "attempt",
+        "dependencies",
+        "id",
+        "missing",
+        "nested",
+        "num_returns",
+        "retries",
+        "runs_on",
+        "template",
+    )
 
     def __init__(self, message: m.Submit, template: m.Template) -> None:
         self.id = message.task
@@ -116,11 +127,19 @@ class Tasks:
 
     def place(self) -> None:
         """Hand queued tasks to the pool while it has room; tell the GCS of the rest. Once per loop turn."""
+        left_waiting = self._pool.left_waiting
+        left_waiting.clear()
         for identifier in list(self.queues):
             queue = self.queues[identifier]
             template = self._out.template(identifier)
             if self._may_stay(template):
                 room = self._pool.room(identifier)
+                if (
+                    room == 0
+                    and identifier not in self._pool.leases
+                    and self._pool.ledger.could_fit(template.resources)
+                ):
+                    left_waiting.add(identifier)
                 while queue and room > 0:
                     self._start_here(queue.popleft())
                     room -= 1
@@ -137,6 +156,9 @@ class Tasks:
         for identifier in [known for known in self._asked if known not in self.queues]:
             del self._asked[identifier]
             self._out.to_gcs(m.Demand(identifier, 0))
+        if left_waiting and len(self.queues) > 1:
+            # Those that found nothing go first next time: what the others' leases give back is theirs.
+            self.queues = dict(sorted(self.queues.items(), key=lambda item: item[0] not in left_waiting))
 
     def _may_stay(self, template: m.Template) -> bool:
         if self._out.is_alone and (template.node is None or template.node_is_soft):
@@ -165,6 +187,7 @@ class Tasks:
                     grant.rank, m.Execute(task.id, task.attempt, task.template, task.arguments, dependencies)
                 )
         if not queue:
+            self._pool.left_waiting.discard(grant.template)
             del self.queues[grant.template]
             if self._asked.get(grant.template) == 0:
                 del self._asked[grant.template]
@@ -182,9 +205,7 @@ class Tasks:
             for inner in result.nested:
                 self._table.hold_counted(inner)
         task = self.tasks.get(message.task)
-        if task is None or task.attempt != message.attempt:
-            discard_results(self._table, message, executor, self._out)
-        elif message.failed and message.retry and self._retry(task):
+        if task is None or task.attempt != message.attempt or (message.failed and message.retry and self._retry(task)):
             discard_results(self._table, message, executor, self._out)
         else:
             del self.tasks[task.id]

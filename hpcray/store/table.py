@@ -85,7 +85,7 @@ class Entry:
         self.borrows = 0
         """How many times the home counts us (elsewhere homed only)."""
         self.borrowers: dict[int, int] | None = None
-        """At home: rank → how often counted; a release may overtake its borrow, so a count may pass through −1."""
+        """At home: rank → how often counted; a release may overtake its borrow, so a count may pass through -1."""
         self.data: bytes = b""
         self.size = 0
         self.block: Block | None = None
@@ -455,19 +455,13 @@ class ObjectTable:
             self._out.send(min(neighbours), m.MapObject(entry.id))
         elif copies:
             source = min(copies)
-            self.reserve(
-                entry.id, entry.size, float("inf"), lambda block: self._receive(entry, source, block)
-            )
+            self.reserve(entry.id, entry.size, float("inf"), lambda block: self._receive(entry, source, block))
         else:
-            self._set_inline(
-                entry, payload.system_error("ObjectLostError", _lost_text(entry.id), entry.id.hex())
-            )
+            self._set_inline(entry, payload.system_error("ObjectLostError", _lost_text(entry.id), entry.id.hex()))
 
     def _receive(self, entry: Entry, source: int, block: Block | None) -> None:
         if block is None:
-            text = (
-                f"object {entry.id.hex()} of {entry.size:,} bytes does not fit into this node's object store"
-            )
+            text = f"object {entry.id.hex()} of {entry.size:,} bytes does not fit into this node's object store"
             self._set_inline(entry, payload.system_error("ObjectStoreFullError", text))
             return
         if not self._is_fetched(entry):
@@ -569,9 +563,7 @@ class ObjectTable:
             elif block.id in self._evictable:
                 self._serve_creators()
 
-    def reserve(
-        self, identifier: bytes, size: int, deadline: float, then: Callable[[Block | None], None]
-    ) -> None:
+    def reserve(self, identifier: bytes, size: int, deadline: float, then: Callable[[Block | None], None]) -> None:
         """Call `then` with memory for the object, at once or when there is room; with None if there can be none by then."""
         if size > self._allocator.size:
             then(None)
@@ -664,9 +656,7 @@ class ObjectTable:
                 not at_home and entry.borrowers and "has borrowers away from home",
                 not at_home and entry.holds > 0 and not entry.borrows and "is held but not borrowed",
                 at_home and not (entry.holds or entry.guests or entry.borrowers) and "is reachable by nobody",
-                identifier in self._evictable
-                and (entry.holds or entry.guests or entry.is_primary)
-                and "is evictable",
+                identifier in self._evictable and (entry.holds or entry.guests or entry.is_primary) and "is evictable",
             ]
             for problem in filter(None, problems):
                 raise InternalError(f"rank {self.rank}: object {identifier.hex()} {problem}")

@@ -146,7 +146,12 @@ class Process:
         return self._hold_returns(task, num_returns)
 
     def create_actor(
-        self, template: bytes, dependencies: Sequence[bytes] = (), nested: Sequence[bytes] = (), *, detached: bool = False
+        self,
+        template: bytes,
+        dependencies: Sequence[bytes] = (),
+        nested: Sequence[bytes] = (),
+        *,
+        detached: bool = False,
     ) -> bytes:
         """Create an actor; its id. The handle is `object_id(actor, 0)`."""
         actor = self.new_id()

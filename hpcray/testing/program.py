@@ -139,7 +139,11 @@ class Program:
         """`get([ref, ref])`; actors do not, as their next call might be what they wait for."""
         process = self.somebody()
         if not process.actor:
-            refs = self._awaitable(process, self._path(process)) if process.running else self._refs(process, with_handles=False)
+            refs = (
+                self._awaitable(process, self._path(process))
+                if process.running
+                else self._refs(process, with_handles=False)
+            )
             process.get(self._some(refs, 3))
 
     def watch(self) -> None:
@@ -159,7 +163,9 @@ class Program:
         wanted = process.wanted
         process.release(self._some([i for i in self._refs(process) if i not in wanted], 3))
 
-    def finish_task(self, *, large: bool = False, seconds: float = 0.01, failed: bool = False, keep: bool = False) -> None:
+    def finish_task(
+        self, *, large: bool = False, seconds: float = 0.01, failed: bool = False, keep: bool = False
+    ) -> None:
         """A running task returns, or raises."""
         if running := self.cluster.running:
             worker = self.random.choice(running)
@@ -195,7 +201,9 @@ class Program:
             return
         name, arguments = payload.describe_system_error(error)
         if name in ("WorkerCrashedError", "ActorDiedError"):
-            assert self.has_killed or self.has_failed, f"{identifier.hex()}: {name}, but nothing was killed: {arguments}"
+            assert self.has_killed or self.has_failed, (
+                f"{identifier.hex()}: {name}, but nothing was killed: {arguments}"
+            )
         elif name == "ObjectStoreFullError":
             assert self.may_be_full, f"{identifier.hex()}: {name}{arguments}"
         else:

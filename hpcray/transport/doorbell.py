@@ -63,9 +63,7 @@ class Doorbell:
         handed: list[tuple[bytes, int]] = []
         while True:
             try:
-                payload, ancillary, _, _ = self._socket.recvmsg(
-                    _PAYLOAD_SIZE, _ANCILLARY_SIZE, _RECEIVE_FLAGS
-                )
+                payload, ancillary, _, _ = self._socket.recvmsg(_PAYLOAD_SIZE, _ANCILLARY_SIZE, _RECEIVE_FLAGS)
             except BlockingIOError:
                 return handed
             uid, fds = _parse(ancillary)

@@ -150,9 +150,7 @@ class _Peer:
         self.taken = 0  # frames from the peer, and how many of them we said we have taken
         self.told = 0
         self.is_owed = False
-        self.waiting: deque[bytes | int] = (
-            deque()
-        )  # frames behind a large one; an int is a large one's length
+        self.waiting: deque[bytes | int] = deque()  # frames behind a large one; an int is a large one's length
         self.large_out: deque[_Stream] = deque()
         self.bulk_tags_made = 0
         self.bulk_tags_free: deque[int] = deque()
@@ -192,9 +190,7 @@ class MpiTransport:
         self._owed: list[_Peer] = []
         self._last_traffic = monotonic()
         self._buffers = [bytearray(_SLOT_SIZE) for _ in range(_SLOT_COUNT)]
-        self._ring = [
-            comm.Recv_init((buffer, MPI.BYTE), MPI.ANY_SOURCE, _FRAME_TAG) for buffer in self._buffers
-        ]
+        self._ring = [comm.Recv_init((buffer, MPI.BYTE), MPI.ANY_SOURCE, _FRAME_TAG) for buffer in self._buffers]
         self._head = 0
         self._has_arrived = False  # what the head's last test said, where it was not acted on at once
         for request in self._ring:
@@ -259,9 +255,7 @@ class MpiTransport:
     def _send_large(self, state: _Peer, frame: memoryview) -> None:
         def sent(error: str | None) -> None:
             if error is not None:
-                raise ConnectionError(
-                    f"a frame of {len(frame)} bytes to rank {state.rank} was cut off: {error}"
-                )
+                raise ConnectionError(f"a frame of {len(frame)} bytes to rank {state.rank} was cut off: {error}")
             state.large_out.popleft()
             if state.large_out:
                 self._add_stream(state.large_out[0])

@@ -96,9 +96,7 @@ class EventLoop:
             self._update(fd, known=True)
 
     def _update(self, fd: int, *, known: bool) -> None:
-        mask = (select.EPOLLIN if fd in self._readers else 0) | (
-            select.EPOLLOUT if fd in self._writers else 0
-        )
+        mask = (select.EPOLLIN if fd in self._readers else 0) | (select.EPOLLOUT if fd in self._writers else 0)
         if not mask:
             self._epoll.unregister(fd)
         elif known:

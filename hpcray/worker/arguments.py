@@ -113,6 +113,6 @@ def _name_the_culprit(name: str, arguments: tuple[Any, ...], options: dict[str, 
     for value in (*arguments, *options.values()):
         try:
             serialize(value)
-        except Exception as own:  # noqa: BLE001 - pickling runs code of the user's
+        except Exception as own:
             return TypeError(f"could not serialize the argument {value!r} of {name}: {explain(value, own)}")
     return TypeError(f"could not serialize the arguments of {name}: {error}")

@@ -198,7 +198,7 @@ def _user_traceback(error: BaseException) -> list[str]:
 def _safe_repr(value: Any) -> str:
     try:
         return f"{value!r:.200}"
-    except Exception:  # noqa: BLE001 - an error in the user's __repr__ must not hide the error to be shown
+    except Exception:
         return object.__repr__(value)
 
 

@@ -8,7 +8,7 @@ from collections import ChainMap
 from collections.abc import Callable
 from pickle import PickleBuffer
 from types import CodeType
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 import msgspec
@@ -25,7 +25,7 @@ def _reduce_code(code: CodeType) -> Any:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    dispatch_table = ChainMap({CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
+    dispatch_table: ClassVar[Any] = ChainMap({CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
 
 
 def pickle_by_value(value: Any, buffer_callback: Callable[[PickleBuffer], bool] | None = None) -> bytes:

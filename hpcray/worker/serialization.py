@@ -106,7 +106,7 @@ def pickle_value(value: Any, buffers: list[pickle.PickleBuffer] | None = None) -
             data = pickle.dumps(value, 5, buffer_callback=keep)
             if b"__main__" not in data:
                 return data, context.pickled
-        except Exception:  # noqa: BLE001 - pickling runs code of the user's
+        except Exception:
             pass  # cloudpickle may know better, and raises what the user should see if not
         from hpcray.worker.functions import pickle_by_value
 
@@ -163,7 +163,7 @@ def _load_task_error(data: bytes) -> Exception:
     function_name, traceback_text, pickled_cause, *where = pickle.loads(data[1:])
     try:
         cause = pickle.loads(pickled_cause)
-    except Exception as error:  # noqa: BLE001 - unpickling runs code of the user's
+    except Exception as error:
         return UnserializableException(
             f"{function_name} raised an exception that cannot be unpickled here ({error!r}): see that its "
             f"class can be made of its own `args`, or give it a `__reduce__`. There it was:\n{traceback_text}"
@@ -175,7 +175,7 @@ def dump_error(error: RayTaskError) -> bytes:
     """The payload of a task's exception; a cause that cannot be pickled travels as text."""
     try:
         cause, _ = pickle_value(error.cause)
-    except Exception as reason:  # noqa: BLE001 - pickling runs code of the user's
+    except Exception as reason:
         text = f"{type(error.cause).__qualname__}, which could not be pickled ({reason}); see the traceback"
         cause, _ = pickle_value(RayError(text))
     fields = (

@@ -40,5 +40,3 @@ def _openblas_setters() -> list[ctypes._NamedFuncPointer]:
             if name is not None:
                 _known.append(getattr(library, name))
     return _known
-
-

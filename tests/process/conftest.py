@@ -187,9 +187,7 @@ def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
             check=False,
         )
         if not ON_RAY:
-            _wait_until(
-                lambda: not _processes_with(mark), timeout=10, on_timeout=lambda: _processes_with(mark)
-            )
+            _wait_until(lambda: not _processes_with(mark), timeout=10, on_timeout=lambda: _processes_with(mark))
         return finished
 
     return run

@@ -379,9 +379,7 @@ def test_a_named_actor_is_found_by_its_name(hpcray, counter_class):
     assert hpcray.get_actor("the counter") == counter
 
 
-def test_a_name_that_is_taken_is_refused_and_free_again_after_the_actors_end(
-    hpcray, counter_class, wait_until
-):
+def test_a_name_that_is_taken_is_refused_and_free_again_after_the_actors_end(hpcray, counter_class, wait_until):
     counter = counter_class.options(name="taken").remote()
     hpcray.get(counter.add.remote())
     with pytest.raises(ValueError, match="taken") as caught:

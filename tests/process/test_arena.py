@@ -287,9 +287,7 @@ def test_a_pin_does_not_end_with_the_interpreter(arena: Arena) -> None:
         "view = Arena.create(4096).pinned_view(CONTROL_PAGE, 10, lambda: print('released'))\n"
         "import weakref; weakref.finalize(Arena, print, 'exit')\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=True
-    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=True)
     assert ended.stdout == "exit\n"
 
 
@@ -342,9 +340,7 @@ def test_warm_adds_all_pages_whichever_were_touched(arena: Arena, touched: tuple
     assert [page for page in range(256) if arena.map[CONTROL_PAGE + page * 4096]] == list(touched)
 
 
-def test_warm_and_prefault_do_nothing_where_the_kernel_cannot(
-    arena: Arena, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_warm_and_prefault_do_nothing_where_the_kernel_cannot(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpcray.store.arena._MADV_POPULATE_READ", 9999)
     monkeypatch.setattr("hpcray.store.arena._MADV_POPULATE_WRITE", 9999)
     arena.warm(CONTROL_PAGE, arena.size, write=True)

@@ -251,9 +251,7 @@ time.sleep(600)
 """
 
 
-def test_nothing_survives_a_killed_rank(
-    worker_env: dict[str, str], wait_until: Callable[..., object]
-) -> None:
+def test_nothing_survives_a_killed_rank(worker_env: dict[str, str], wait_until: Callable[..., object]) -> None:
     rank = subprocess.Popen(
         [sys.executable, "-c", RANK, "os.getpid()", LONG_LIVED, DAEMON],
         env=worker_env,
@@ -343,9 +341,7 @@ def test_the_driver_may_say_goodbye(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_a_driver_that_ignores_sigterm_is_killed(bench: Bench, tmp_path: Path) -> None:
-    code = (
-        DRIVER_PRELUDE + "signal.signal(signal.SIGTERM, signal.SIG_IGN); sock.send(b'ready'); time.sleep(600)"
-    )
+    code = DRIVER_PRELUDE + "signal.signal(signal.SIGTERM, signal.SIG_IGN); sock.send(b'ready'); time.sleep(600)"
     driver = Driver(bench, code, tmp_path)
     with driver.sock:
         assert driver.sock.recv(100) == b"ready"
@@ -416,9 +412,7 @@ def run_ranks(
         command = [mpirun, "-n", "2", mpi_python, "-c", MPI_RANK, *expressions]
         with (tmp_path / "output").open("wb") as output:
             launched.append(
-                subprocess.Popen(
-                    command, env=env, cwd=tmp_path, stdout=output, stderr=output, stdin=subprocess.DEVNULL
-                )
+                subprocess.Popen(command, env=env, cwd=tmp_path, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
             )
         files = [tmp_path / f"rank{rank}" for rank in range(2)]
         wait_until(

@@ -64,9 +64,7 @@ def wait_until_gone(pid, timeout=10.0):
 
 
 def test_the_exit_code_comes_through_and_the_banner_does_not(start):
-    out, err = (
-        process := start(f"sys.stderr.write('last words\\n' + {BANNER!r}); sys.exit(3)")
-    ).communicate()
+    out, err = (process := start(f"sys.stderr.write('last words\\n' + {BANNER!r}); sys.exit(3)")).communicate()
     assert (process.returncode, out, err) == (3, b"", b"last words\n")
 
 

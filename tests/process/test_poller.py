@@ -85,9 +85,7 @@ def test_a_reader_is_called_when_there_is_something_to_read(
     assert got == [b"hello"]
 
 
-def test_a_reader_is_called_at_the_end_of_its_peer(
-    loop: EventLoop, pair: tuple[socket.socket, socket.socket]
-) -> None:
+def test_a_reader_is_called_at_the_end_of_its_peer(loop: EventLoop, pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     loop.add_reader(ours.fileno(), loop.stop)
     theirs.close()
@@ -123,9 +121,7 @@ def test_both_directions_of_one_descriptor_come_and_go_independently(
     assert calls == ["writer", "reader", "writer again"]
 
 
-def test_a_reader_may_be_replaced_and_removed_twice(
-    loop: EventLoop, pair: tuple[socket.socket, socket.socket]
-) -> None:
+def test_a_reader_may_be_replaced_and_removed_twice(loop: EventLoop, pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     loop.add_reader(ours.fileno(), lambda: pytest.fail("the old reader was called"))
     loop.add_reader(ours.fileno(), loop.stop)

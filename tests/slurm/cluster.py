@@ -372,9 +372,7 @@ def _address(host: str) -> str:
 def _below_tmp(paths: Iterable[Path]) -> list[Path]:
     """Those that a private /tmp would hide, without those that lie in another one."""
     hidden = sorted({path for path in paths if path.is_relative_to("/tmp")})
-    return [
-        path for path in hidden if not any(path != other and path.is_relative_to(other) for other in hidden)
-    ]
+    return [path for path in hidden if not any(path != other and path.is_relative_to(other) for other in hidden)]
 
 
 def _exit_code(state: str, exit_code: str) -> int:

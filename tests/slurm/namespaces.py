@@ -61,9 +61,7 @@ def start_space(script: Path, args: list[str], log: Path, inside: Space | None =
     enter = inside.enter() if inside else ["setpriv", "--pdeathsig", "KILL"]
     command = [*enter, *UNSHARE, "bash", "-eu", str(script), *args]
     with log.open("ab") as output:
-        starter = subprocess.Popen(
-            command, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+        starter = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline and starter.poll() is None:
         if first := _find_first(starter.pid):
@@ -82,9 +80,7 @@ def members(space: Space) -> list[Process]:
 
 def why_impossible() -> str | None:
     """Why namespaces cannot be made here, or None."""
-    trial = subprocess.run(
-        [*UNSHARE, "mount", "-t", "tmpfs", "trial", "/run"], capture_output=True, text=True
-    )
+    trial = subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "trial", "/run"], capture_output=True, text=True)
     return None if trial.returncode == 0 else f"namespaces are not permitted here: {trial.stderr.strip()}"
 
 

@@ -28,9 +28,7 @@ def why_unavailable() -> str | None:
     """What keeps a cluster from starting on this machine, or None. Takes some milliseconds."""
     if os.geteuid() != 0:
         return "virtual Slurm hosts need root"
-    missing = {
-        package for program, package in PROGRAMS.items() if not shutil.which(program, path=SEARCH_PATH)
-    }
+    missing = {package for program, package in PROGRAMS.items() if not shutil.which(program, path=SEARCH_PATH)}
     if not any(Path("/usr/lib").glob(f"*/{PMIX_LIBRARY}")) and not Path("/usr/lib64", PMIX_LIBRARY).exists():
         missing.add("libpmix-dev")
     if missing:

@@ -46,9 +46,7 @@ def test_mpich_ranks_span_hosts_under_pmi2(slurm_cluster: SlurmCluster, python_m
     ("mpi", "seen"),
     [("pmix", ["PMIX_RANK", "SLURM_MPI_TYPE"]), ("pmi2", ["PMI_RANK", "SLURM_MPI_TYPE"]), ("none", [])],
 )
-def test_a_rank_can_tell_which_pmi_slurm_offers(
-    slurm_cluster: SlurmCluster, mpi: str, seen: list[str]
-) -> None:
+def test_a_rank_can_tell_which_pmi_slurm_offers(slurm_cluster: SlurmCluster, mpi: str, seen: list[str]) -> None:
     # Short lines: srun mixes long ones of several ranks.
     names = ["PMIX_RANK", "PMI_RANK", "SLURM_MPI_TYPE"]
     show = f"import os; print([name for name in {names} if name in os.environ])"
@@ -56,9 +54,7 @@ def test_a_rank_can_tell_which_pmi_slurm_offers(
     assert done.stdout.splitlines() == [str(seen)] * 3
 
 
-def test_open_mpi_without_pmix_is_alone_and_leaves_files(
-    slurm_cluster: SlurmCluster, python_openmpi: str
-) -> None:
+def test_open_mpi_without_pmix_is_alone_and_leaves_files(slurm_cluster: SlurmCluster, python_openmpi: str) -> None:
     done = slurm_cluster.srun([python_openmpi, "-c", HELLO], mpi="none")
     assert (done.returncode, sorted(done.stdout.splitlines())) == (0, [f"0 1 n{i} 1" for i in (1, 2, 3)])
     assert any("/tmp/ompi." in line for line in slurm_cluster.leftovers())

@@ -21,9 +21,7 @@ BANNER_4 = (
     + b"  Process name: [[24862,1],0]\n  Exit code:    3\n"
     + RULE
 )
-KILLED = (
-    RULE + b"prterun noticed that process rank 1 with PID 1 on node vm exited on\nsignal 9 (Killed).\n" + RULE
-)
+KILLED = RULE + b"prterun noticed that process rank 1 with PID 1 on node vm exited on\nsignal 9 (Killed).\n" + RULE
 
 
 def shown(*pieces):

@@ -79,8 +79,7 @@ def test_hybrid_controllers_count_where_their_files_are(host):
     root = host(
         {
             "proc/self/cgroup": "4:memory:/job\n0::/unified/job\n",
-            "proc/self/mountinfo": V1_MOUNTS
-            + "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n",
+            "proc/self/mountinfo": V1_MOUNTS + "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n",
             "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "5000\n",
             "sys/fs/cgroup/unified/unified/job/cpu.max": "50000 100000\n",
         }
@@ -127,8 +126,6 @@ def test_empty_cpusets_are_inherited(host):
     assert read_limits(root).cpuset == {0, 1}
 
 
-@pytest.mark.parametrize(
-    ("text", "cpus"), [("0", {0}), ("0-3,8", {0, 1, 2, 3, 8}), ("", set()), (" 1,3\n", {1, 3})]
-)
+@pytest.mark.parametrize(("text", "cpus"), [("0", {0}), ("0-3,8", {0, 1, 2, 3, 8}), ("", set()), (" 1,3\n", {1, 3})])
 def test_cpu_lists(text, cpus):
     assert parse_cpu_list(text) == cpus

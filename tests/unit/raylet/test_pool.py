@@ -177,7 +177,8 @@ def test_children_that_nobody_waits_for_run_when_their_parent_is_done():
     assert finish_all(cluster) == 6
 
 
-def test_a_class_that_waits_gets_its_turn():
+@pytest.mark.parametrize("seconds", [SHORT, LONG])
+def test_a_class_that_waits_gets_its_turn_while_another_never_ends(seconds):
     cluster, driver = alone(1)
     many, one = cluster.template(driver, "many"), cluster.template(driver, "one")
     for _ in range(100):
@@ -187,7 +188,8 @@ def test_a_class_that_waits_gets_its_turn():
     cluster.run()
     for _ in range(40):
         cluster.now += LEASE_SECONDS
-        finish_one(cluster, seconds=SHORT)
+        finish_one(cluster, seconds=seconds)
+        driver.submit(many)
     assert ref in driver.values
 
 
@@ -290,7 +292,7 @@ def test_a_worker_that_dies_with_reserved_memory_gives_it_back():
 
 
 def test_what_a_dead_client_waited_for_is_not_pinned_for_it():
-    cluster, driver = Cluster([1, 1]), None
+    cluster = Cluster([1, 1])
     driver = cluster.add_driver()
     (ref,) = driver.submit(cluster.template(driver, "f", node=1))
     driver.submit(cluster.template(driver, "g", node=0), nested=[ref])

@@ -47,9 +47,7 @@ def test_small_blocks_are_rounded_up_to_cache_lines(allocator: Allocator, n: int
     assert (allocator.used, allocator.available) == (used, SIZE - used)
 
 
-@pytest.mark.parametrize(
-    ("n", "used"), [(LARGE, LARGE), (LARGE + 1, LARGE + PAGE), (2 * LARGE - 1, 2 * LARGE)]
-)
+@pytest.mark.parametrize(("n", "used"), [(LARGE, LARGE), (LARGE + 1, LARGE + PAGE), (2 * LARGE - 1, 2 * LARGE)])
 def test_large_blocks_are_rounded_up_to_pages(allocator: Allocator, n: int, used: int) -> None:
     take(allocator, n)
     assert allocator.used == used
@@ -128,9 +126,7 @@ def test_freed_neighbours_become_one_block_in_any_order(order: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("offset", [START - LINE, START, START + LINE, START + 1, -1, START + SIZE])
-def test_freeing_what_is_not_allocated_is_an_error_and_changes_nothing(
-    allocator: Allocator, offset: int
-) -> None:
+def test_freeing_what_is_not_allocated_is_an_error_and_changes_nothing(allocator: Allocator, offset: int) -> None:
     give(allocator, take(allocator, 1000))
     keeps = take(allocator, 10 * LINE) if offset != START else None
     with pytest.raises(ValueError, match=f"at offset {offset}"):

@@ -74,9 +74,7 @@ def test_a_mark_near_the_limit_is_seen_however_it_is_cut(before: int, cuts: list
 
 @given(
     lines=st.lists(
-        st.tuples(
-            st.sampled_from("fgh"), st.binary(max_size=20).filter(lambda b: b"\n" not in b and MARK not in b)
-        )
+        st.tuples(st.sampled_from("fgh"), st.binary(max_size=20).filter(lambda b: b"\n" not in b and MARK not in b))
     ),
     size=st.integers(1, 9),
 )
