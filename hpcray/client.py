@@ -13,7 +13,6 @@ Rules:
 from __future__ import annotations
 
 import array
-import concurrent.futures
 import contextlib
 import os
 import select
@@ -22,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -34,6 +33,9 @@ from hpcray.protocol.codec import LENGTH_SIZE, decode_from_raylet, split_stream,
 from hpcray.store.arena import Arena
 from hpcray.worker.serialization import Serialized, deserialize, load_error
 
+if TYPE_CHECKING:
+    import concurrent.futures
+
 RECEIVE_SIZE = 1 << 18
 ANCILLARY_SIZE = socket.CMSG_SPACE(32 * array.array("i").itemsize)
 """Room for the arenas of 32 ranks that a raylet may hand over in one frame."""
@@ -43,6 +45,18 @@ READER_PAUSE = 0.05
 """Seconds that the reader thread leaves the socket to threads that wait for something."""
 
 ForkError = RuntimeError
+
+
+_generation = 0
+"""Grows in each forked child: a connection of an earlier generation is the parent's."""
+
+
+def _count_generation() -> None:
+    global _generation
+    _generation += 1
+
+
+os.register_at_fork(after_in_child=_count_generation)
 
 
 class _Stored:
@@ -84,7 +98,7 @@ class Client:
         """In workers: hand back what was not started; called before and while user code waits."""
         self.is_closed = False
         self._sock = sock
-        self._pid = os.getpid()
+        self._generation = _generation
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._turn = threading.Condition()
@@ -193,7 +207,7 @@ class Client:
         Raises:
             RuntimeError: It was.
         """
-        if os.getpid() != self._pid:
+        if self._generation != _generation:
             raise ForkError(
                 "this process was forked from one that is connected to hpcray and cannot use its connection: run the code "
                 "as a task or actor, or start the process with subprocess or the 'spawn' method"
@@ -217,7 +231,7 @@ class Client:
     # ------------------------------------------------------------------------------------------------------- counting
     def count_down(self, identifier: bytes) -> None:
         """An `ObjectRef` instance died. From any thread, at any point."""
-        if os.getpid() != self._pid or self.is_closed:
+        if self._generation != _generation or self.is_closed:
             return
         self._dead.append(identifier)
         if len(self._dead) >= RELEASES_KEPT or identifier in self._large:
@@ -415,7 +429,7 @@ class Client:
         return deserialize(arena.pinned_view(place.offset, place.size, lambda: self._view_died(stored)))
 
     def _view_died(self, stored: _Stored) -> None:
-        if os.getpid() == self._pid and not self.is_closed:
+        if self._generation == _generation and not self.is_closed:
             self._dead_views.append(stored)
             self._flush_soon()
 
@@ -476,6 +490,8 @@ class Client:
 
     def future(self, ref: ObjectRef[Any]) -> concurrent.futures.Future[Any]:
         """A future that a reading thread completes."""
+        import concurrent.futures  # slow to import, and seldom needed
+
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         identifier = ref.binary()
         # The future keeps the reference, or the object might be freed under it.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -11,6 +9,9 @@ from hpcray.ids import OBJECT_ID_SIZE, task_of
 from hpcray.worker.serialization import context
 
 if TYPE_CHECKING:
+    import asyncio
+    import concurrent.futures
+
     from hpcray.client import Client
 
 T = TypeVar("T")
@@ -66,6 +67,8 @@ class ObjectRef(Generic[T]):
 
     def as_future(self) -> asyncio.Future[T]:
         """An `asyncio.Future` of the value in the running event loop."""
+        import asyncio  # with ssl in its train, too slow to import for those who never await
+
         return asyncio.wrap_future(self.future())
 
     def __await__(self) -> Generator[Any, None, T]:

@@ -32,7 +32,7 @@ from hpcray.launcher.connect import Connection, silence_interrupts
 from hpcray.launcher.environment import scrub
 from hpcray.launcher.mpirun import STOP_SIGNAL
 from hpcray.launcher.options import JobOptions
-from hpcray.launcher.roles import Launch, LaunchError, check_world, detect_launch, offers_cpus
+from hpcray.launcher.roles import Launch, LaunchError, check_pmi, check_world, detect_launch, offers_cpus
 from hpcray.raylet.cgroup import read_limits
 from hpcray.raylet.core import NodeInfo
 from hpcray.raylet.descendants import die_with
@@ -121,6 +121,7 @@ def enter_world(launch: Launch) -> World:
             "'hpcray[mpich]', or load your site's MPI module"
         ) from None
     if not MPI.Is_initialized():
+        check_pmi(launch, MPI.Get_library_version())
         MPI.Init_thread(MPI.THREAD_FUNNELED)
     comm = MPI.COMM_WORLD.Dup()
     world = World(comm)
@@ -344,28 +345,21 @@ def _connect_ranks(
             else:
                 bells[rank] = fd
 
-    for name in neighbours.values():
-        for fd in (doorbell.bell, arena.fd):
-            _hand_over(doorbell, name, world.rank.to_bytes(4, "big"), fd)
+    payload = world.rank.to_bytes(4, "big")
+    to_send = [(name, fd) for name in neighbours.values() for fd in (doorbell.bell, arena.fd)]
     deadline = monotonic() + HANDOVER_TIMEOUT
-    while len(server.arenas) <= len(neighbours):
+    while to_send or len(server.arenas) <= len(neighbours):
+        try:
+            while to_send:
+                doorbell.send_fd(to_send[0][0], payload, to_send[0][1])
+                to_send.pop(0)
+        except BlockingIOError:
+            pass  # a socket queues some ten datagrams: all ranks have to take while they give
         answer()
         if monotonic() > deadline:
             raise LaunchError(f"rank {world.rank}: the other ranks of this host did not hand over their memory in time")
         sleep(0.001)
     transport.attach(loop)
-
-
-def _hand_over(doorbell: Doorbell, name: bytes, payload: bytes, fd: int) -> None:
-    deadline = monotonic() + HANDOVER_TIMEOUT
-    while True:
-        try:
-            doorbell.send_fd(name, payload, fd)
-            return
-        except BlockingIOError:
-            if monotonic() > deadline:
-                raise
-            sleep(0.001)
 
 
 # --------------------------------------------------------------------------------------------------- hpcray run, -m hpcray

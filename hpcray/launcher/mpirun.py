@@ -133,7 +133,9 @@ def mpirun_argv(mpirun: Mpirun, ranks: int, command: Sequence[str]) -> list[str]
 def added_environment(flavour: Flavour) -> dict[str, str]:
     """What mpirun's environment needs in addition."""
     if flavour != "openmpi":
-        return {}
+        # In a Slurm allocation hydra starts its proxies by srun. They are no ranks: with PMIx as Slurm's default their
+        # ranks would see two PMIs, and refuse to start.
+        return {"SLURM_MPI_TYPE": "none"}
     return {
         # Containers run as root; hpcray starts nothing with more rights than its user has.
         "OMPI_ALLOW_RUN_AS_ROOT": "1",

@@ -1,10 +1,12 @@
 """Which part a process plays in a job, read from the environment that its launcher left. Pure.
 
-Nothing here imports MPI: `detect_launch` answers before it, and `check_world` compares afterwards.
+Nothing here imports MPI: `detect_launch` answers before it, `check_pmi` once its library is loaded, and `check_world`
+compares afterwards.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -76,6 +78,35 @@ def detect_launch(env: Mapping[str, str]) -> Launch:
     if "PMIX_RANK" in env and "PMIX_NAMESPACE" in env:
         return Launch("pmix", _number(env, "PMIX_RANK"))
     return Launch("none")
+
+
+def check_pmi(launch: Launch, library: str) -> None:
+    """Raise if it is certain, before `MPI_Init`, that the library cannot find the other ranks.
+
+    Afterwards would be late: a lone Open MPI leaves files behind, MPICH ends the process. What may work is let pass;
+    `check_world` sees whether it did.
+
+    Args:
+        launch: What the environment claims.
+        library: ``MPI.Get_library_version()``.
+
+    Raises:
+        LaunchError: `srun` offers a PMI that the library does not speak.
+    """
+    name = _library_name(library)
+    version = re.search(r"Open MPI v(\d+)", library)
+    is_deaf = {
+        "slurm-none": version is not None and int(version[1]) >= 5,
+        "slurm-pmi2": version is not None and int(version[1]) >= 5,
+        # MPICH's text has its configure options: only a build for PMIx speaks it.
+        "slurm-pmix": name == "MPICH" and "pmix" not in library.lower(),
+    }
+    if is_deaf.get(launch.launcher, False):
+        offered = launch.launcher.removeprefix("slurm-")
+        raise LaunchError(
+            f"{_started(launch)} with --mpi={offered}, which this {name} does not speak: "
+            f"{_remedy_for_lone_ranks(launch, name)}"
+        )
 
 
 def check_world(launch: Launch, world_size: int, world_rank: int, library: str) -> None:

@@ -710,6 +710,7 @@ class RayletCore:
     def check(self) -> None:
         """Raise InternalError if any part disagrees with another. Slow: tests and HPCRAY_CHECK=1."""
         self.table.check()
+        self.pool.check()
         held: dict[bytes, int] = {}
         for client in self.clients.values():
             for identifier in client.held:

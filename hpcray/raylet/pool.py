@@ -129,13 +129,13 @@ class Pool:
     def dispatch(self, now: float) -> None:
         """Give ready work to workers, as far as resources and depth allow. Once per loop turn."""
         starving: set[bytes] = set()
-        for template in list(self.ready):
+        for template, queue in list(self.ready.items()):
+            count = len(queue)
             if not self._dispatch_class(template, now, others_starve=bool(starving)):
                 starving.add(template)
-        if starving and len(self.ready) > 1:
-            # Rotate, so that the class that waits is looked at first next time.
-            first = next(iter(self.ready))
-            self.ready[first] = self.ready.pop(first)
+                if len(queue) < count:
+                    # It was given something: next time, those that were not are looked at first.
+                    self.ready[template] = self.ready.pop(template)
 
     def _dispatch_class(self, template: bytes, now: float, *, others_starve: bool) -> bool:
         queue = self.ready[template]
@@ -317,6 +317,21 @@ class Pool:
             if is_of_job(template) and self._out.template(template).actor is None:
                 for work in self.ready.pop(template):
                     self.release_arguments(work)
+
+    def check(self) -> None:
+        """Raise InternalError if leases, workers and ledger disagree. Slow: tests and HPCRAY_CHECK=1."""
+        held: Shape = {}
+        for template, workers in self.leases.items():
+            for worker in workers:
+                if worker.template != template or worker in self.idle:
+                    raise InternalError(f"worker {worker.client.number} is leased to a class and does not know it")
+                for name, amount in _held(self._out.template(template).resources, blocked=worker.is_blocked).items():
+                    held[name] = held.get(name, 0) + amount
+        for name, total in self.ledger.total.items():
+            if self.ledger.free[name] + held.get(name, 0) != total:
+                raise InternalError(f"{name}: {self.ledger.free} free and {held} held are not {self.ledger.total}")
+        if any(worker.tasks or worker.template is not None for worker in self.idle):
+            raise InternalError("an idle worker has something to do")
 
 
 def _cpus(shape: Shape) -> Shape:

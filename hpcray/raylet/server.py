@@ -104,7 +104,7 @@ class RankServer:
         self._prefaulted = 0
         self._has_news = True
         """Whether something happened in this turn that the core may act on."""
-        self._due: set[float] = set()
+        self._timer_at: float | None = None
         self._logs = LogFiles(log_dir, nodes[rank].host, rank) if log_dir else None
         self.core = RayletCore(
             rank,
@@ -121,7 +121,6 @@ class RankServer:
         self.workers = WorkerProcesses(loop, forks, nodes[rank].host, self)
         loop.add_reader(forks.fd, self._on_fork_server)
         self._prefault()
-        self.core.pool.prestart(min(config.prestart, nodes[rank].resources.get("CPU", 0) // 10_000))
 
     # --------------------------------------------------------------------------------------------------------- running
     def attach_transport(self, transport: MpiTransport) -> None:
@@ -136,6 +135,8 @@ class RankServer:
 
     def run(self) -> int:
         """Serve until the job ends; its exit code. Blocks."""
+        # Only now, so that a driver that was asked for is started before them.
+        self.core.pool.prestart(min(self._config.prestart, self.nodes[self.rank].resources.get("CPU", 0) // 10_000))
         self.loop.run(self.transport, self._end_turn)
         self._close()
         return self.exit_code if self.exit_code is not None else 1
@@ -181,13 +182,13 @@ class RankServer:
                 transport.send(rank, encode(self._outboxes.pop(rank)))
 
     def _set_timer(self, due: float | None) -> None:
-        """Have the core look at the time then."""
-        if due is not None and due not in self._due:
-            self._due.add(due)
-            self.loop.call_at(due, lambda: self._on_due(due))
+        """Have the core look at the time then, or earlier if that is planned anyway."""
+        if due is not None and (self._timer_at is None or due < self._timer_at):
+            self._timer_at = due
+            self.loop.call_at(due, self._look_at_time)
 
-    def _on_due(self, due: float) -> None:
-        self._due.discard(due)
+    def _look_at_time(self) -> None:
+        self._timer_at = None
         self._has_news = True
 
     def _prefault(self) -> None:

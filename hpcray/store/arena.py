@@ -26,10 +26,14 @@ _MADV_POPULATE_WRITE = 23
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
+WARM_CHUNK = 2 << 20
+"""Bytes of an arena that are remembered as mapped together."""
+
+
 class Arena:
     """One process's mapping of an arena. Whoever made it closes it; views of it may live longer."""
 
-    __slots__ = ("_fd", "_map", "_prefaulted", "_whole")
+    __slots__ = ("_fd", "_map", "_prefaulted", "_warm", "_whole")
 
     def __init__(self, fd: int, length: int) -> None:
         """Map the `length` bytes of `fd`, control page included. Use `create` or `attach`.
@@ -40,6 +44,8 @@ class Arena:
         self._map: mmap.mmap | None = mmap.mmap(fd, length)
         self._fd = fd
         self._prefaulted = 0
+        self._warm = bytearray(length // WARM_CHUNK)
+        """Which chunks are in this mapping already: to ask the kernel again costs a tenth of a large copy."""
         # One ctypes type for all pins. A type for each size, (c_char * n), costs 26 us, not 4, when sizes
         # differ, and each type is a reference cycle that waits for the garbage collector.
         self._whole = ctypes.c_char * length
@@ -159,12 +165,16 @@ class Arena:
         self._require_inside(offset, n)
         if n == 0:
             return
+        first, last = -(-offset // WARM_CHUNK), (offset + n) // WARM_CHUNK
+        if first < last and self._warm.find(0, first, last) < 0:
+            return  # all but the odd ends
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         # On pages that exist, the read variant takes a third of the time (it maps 16 per fault), and they may
         # be written then without a fault. On missing pages it is no faster, and slows the first copy.
         needs_pages = write and not self._is_touched(offset + n - 1)
         advice = _MADV_POPULATE_WRITE if needs_pages else _MADV_POPULATE_READ
-        self._populate(advice, start, offset + n - start)
+        if self._populate(advice, start, offset + n - start) and first < last:
+            self._warm[first:last] = b"\1" * (last - first)
 
     def prefault_step(self, max_bytes: int = PREFAULT_STEP) -> int:
         """Touch the next `max_bytes`, rounded up to pages, from low to high offsets, ahead of their use.

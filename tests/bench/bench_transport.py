@@ -43,15 +43,21 @@ class Rank:
         peers = {rank: name for rank, name in enumerate(names) if rank != me}
         self.transport = MpiTransport(self.comm, self.bell, self.arena, peers, lambda _source, _frame: None)
         handed: list[int] = []
+        bells: dict[int, int] = {}
 
         def take() -> None:
             for payload, fd in self.bell.drain():
-                self.transport.add_peer_arena(int(payload), Arena.attach(fd))
-                handed.append(fd)
+                if (rank := int(payload)) in bells:
+                    self.transport.add_peer_arena(rank, Arena.attach(fd), bells[rank])
+                    handed.append(fd)
+                else:
+                    bells[rank] = fd
 
         self.loop.add_reader(self.bell.fd, take)
+        self.loop.add_reader(self.bell.bell, self.bell.silence)
         for name in peers.values():
-            self.bell.send_fd(name, str(me).encode(), self.arena.fd)
+            for fd in (self.bell.bell, self.arena.fd):
+                self.bell.send_fd(name, str(me).encode(), fd)
         self.run_until(lambda: len(handed) == len(peers))
         self.comm.Barrier()
 

@@ -70,6 +70,7 @@ class Bench:
 
     def report(self, ratios: Mapping[str, Ratio], promised: Mapping[str, Mapping[str, float]] | None = None) -> None:
         """Print the JSON; `promised` holds `at_least` or `at_most` of figures that are no ratios."""
+        self._loads.append(_load())
         figures = {name: self._summary(self._values[name], unit=unit) for name, unit in self._units.items()}
         for name, bounds in (promised or {}).items():
             figures[name] |= bounds

@@ -112,6 +112,8 @@ _EXPLICIT = {
 ALONE = ("run", "python")
 WITH_MPI = tuple(f"{way}:{library}" for way in _EXPLICIT for library in ("openmpi", "mpich"))
 WAYS = (*ALONE, *WITH_MPI)
+DISTINCT_WAYS = tuple(way for way in WAYS if not way.startswith("mpirun-run"))
+"""Without those that differ from another only in the words on the command line."""
 WAYS_OF_RUN = tuple(way for way in WAYS if way.startswith(("run", "mpirun-module", "mpirun-run")))
 """Those where `hpcray run` or `python -m hpcray` starts the driver, as a process of its own."""
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .conftest import ALONE, WAYS, WITH_MPI
+from .conftest import DISTINCT_WAYS
 
 TRY = """
 import os
@@ -20,7 +20,7 @@ print("working", flush=True)
 """
 
 
-@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("way", DISTINCT_WAYS, indirect=True)
 def test_an_exception_gives_one_and_its_traceback_once(way, starter):
     script = starter.write(way.preamble + TRY + "raise ArithmeticError('out of numbers')\n")
     finished = starter.run(way.argv(2, script), python=way.python)
@@ -29,7 +29,7 @@ def test_an_exception_gives_one_and_its_traceback_once(way, starter):
     assert finished.err.count("Traceback") == 1, str(finished)
 
 
-@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("way", DISTINCT_WAYS, indirect=True)
 def test_a_script_that_ends_without_more_gives_zero(way, starter):
     script = starter.write(way.preamble + TRY)
     finished = starter.run(way.argv(2, script), python=way.python)
@@ -41,7 +41,7 @@ def test_a_script_that_ends_without_more_gives_zero(way, starter):
 
 
 # Where the script is itself a rank, its death by a signal is mpirun's to tell.
-@pytest.mark.parametrize("way", [*ALONE, *(way for way in WITH_MPI if "late" not in way)], indirect=True)
+@pytest.mark.parametrize("way", [way for way in DISTINCT_WAYS if "late" not in way], indirect=True)
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 def test_a_script_that_dies_of_a_signal_gives_128_and_its_number(way, name, starter):
     script = starter.write(way.preamble + TRY + f"os.kill(os.getpid(), signal.{name})\nsignal.pause()\n")

@@ -5,7 +5,7 @@ import signal
 import psutil
 import pytest
 
-from .conftest import WAYS, wait_until
+from .conftest import DISTINCT_WAYS, wait_until
 
 SOON = 10.0  # seconds for what is promised within five: the machine may be busy
 
@@ -55,7 +55,7 @@ def fork_servers_of(job):
 
 
 # ------------------------------------------------------------------------------------------------- Ctrl-C and SIGTERM
-@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("way", DISTINCT_WAYS, indirect=True)
 def test_ctrl_c_ends_everything(way, starter):
     job, _driver = busy_job(way, starter)
     job.interrupt()
@@ -126,7 +126,7 @@ def test_a_script_that_ignores_ctrl_c_ends_all_the_same(way, starter):
 
 
 # ------------------------------------------------------------------------------------------------------------ kill -9
-@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("way", DISTINCT_WAYS, indirect=True)
 def test_kill_9_of_the_driver_ends_the_job(way, starter):
     job, driver = busy_job(way, starter)
     driver.kill()

@@ -44,7 +44,10 @@ def test_hydra_does_not_bind():
 
 def test_root_may_run_open_mpi():
     assert added_environment("openmpi")["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] == "1"
-    assert added_environment("hydra") == {}
+
+
+def test_hydras_proxies_are_no_ranks_of_slurms_pmix() -> None:
+    assert added_environment("hydra") == {"SLURM_MPI_TYPE": "none"}
 
 
 def test_the_mpirun_asked_for_comes_first(tmp_path):

@@ -1,6 +1,14 @@
 import pytest
 
-from hpcray.launcher.roles import Launch, LaunchError, check_world, detect_launch, driver_rank, offers_cpus
+from hpcray.launcher.roles import (
+    Launch,
+    LaunchError,
+    check_pmi,
+    check_world,
+    detect_launch,
+    driver_rank,
+    offers_cpus,
+)
 
 # Recorded with Open MPI 5.0.11 and MPICH 5.0.2; Slurm's as in srun(1) and sbatch(1). Only what names ranks.
 OPENMPI = {
@@ -157,3 +165,36 @@ def test_the_driver_runs_beside_rank_0_or_where_there_are_no_ranks():
 )
 def test_rank_0_offers_cpus_where_its_host_would_idle_or_as_told(rank, hosts, head_cpus, offers):
     assert offers_cpus(rank, hosts, head_cpus) is offers
+
+
+OPEN_MPI_5 = "Open MPI v5.0.11, package: Open MPI user@localhost Distribution, ident: 5.0.11"
+MPICH_WHEEL = "MPICH Version:      5.0.2\nMPICH configure:    --with-device=ch4:ucx,ofi --with-pm=hydra:gforker"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "library", "remedy"),
+    [
+        ("slurm-none", OPEN_MPI_5, "--mpi=pmix"),
+        ("slurm-pmi2", OPEN_MPI_5, "--mpi=pmix"),
+        ("slurm-pmix", MPICH_WHEEL, "--mpi=pmi2"),
+    ],
+)
+def test_a_pmi_that_a_library_cannot_speak_is_refused_before_mpi_init(launcher, library, remedy):
+    with pytest.raises(LaunchError, match=remedy):
+        check_pmi(Launch(launcher, 0, 4), library)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "library"),
+    [
+        ("slurm-pmix", OPEN_MPI_5),
+        ("openmpi", OPEN_MPI_5),
+        ("slurm-pmi2", MPICH_WHEEL),
+        ("hydra", MPICH_WHEEL),
+        ("slurm-pmix", MPICH_WHEEL + " --with-pmix=/usr"),
+        ("slurm-pmi2", "Open MPI v4.1.4, package: Debian"),
+        ("slurm-none", "Intel(R) MPI Library 2021.10"),
+    ],
+)
+def test_a_pmi_that_a_library_may_speak_is_let_pass(launcher, library):
+    check_pmi(Launch(launcher, 0, 4), library)
