@@ -514,7 +514,7 @@ class ObjectTable:
         entry = self.entries.get(message.id)
         if entry is not None and entry.block is not None and entry.block.rank == source:
             return
-        if entry is None or entry.block is not None:
+        if entry is None or entry.state != AWAY:
             self._out.send(source, m.UnmapObject(message.id))
             return
         entry.state = MAPPED

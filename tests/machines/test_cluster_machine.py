@@ -144,8 +144,7 @@ LIMITS = settings(
 TestCluster = ClusterMachine.TestCase
 TestDeadlyCluster = DeadlyMachine.TestCase
 TestFullCluster = FullMachine.TestCase
-for case in (TestCluster, TestDeadlyCluster, TestFullCluster):
-    case.settings = LIMITS
+TestCluster.settings = TestDeadlyCluster.settings = TestFullCluster.settings = LIMITS
 
 
 @pytest.mark.parametrize("layout", range(len(LAYOUTS)))
