@@ -337,7 +337,7 @@ class Process:
 
     def _on_Run(self, message: m.Run) -> None:  # noqa: N802
         self.inbox.append(message)
-        if self.is_blocked:
+        if self.wanted:
             self._hand_back()
         else:
             self._next()

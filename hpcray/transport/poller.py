@@ -176,8 +176,7 @@ class EventLoop:
 
     def _wait(self, limit: float | None) -> list[tuple[int, int]]:
         if self._timers:
-            # Timers may be a millisecond late: epoll is cheaper than what would wait for less.
-            until_timer = max(_EPOLL_RESOLUTION, self._timers[0][0] - monotonic())
+            until_timer = max(0.0, self._timers[0][0] - monotonic())
             limit = until_timer if limit is None else min(limit, until_timer)
         if limit is None or limit >= _EPOLL_RESOLUTION or limit <= 0:
             return self._epoll.poll(limit, _EVENTS_PER_TURN)

