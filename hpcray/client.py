@@ -389,7 +389,8 @@ class Client:
 
     def _leave_blocking(self) -> None:
         self._blocked -= 1
-        if not self.is_driver:
+        # While another thread waits, what the raylet would send to an unblocked worker would be handed back at once.
+        if not self.is_driver and not self._blocked:
             self.send(m.Unblocked())
 
     def _check_job(self, identifiers: Sequence[bytes]) -> None:

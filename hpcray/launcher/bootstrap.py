@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 
 HANDOVER_TIMEOUT = 30.0
 """Seconds in which the ranks of a host hand their arenas over at boot."""
+CLOSE_TIMEOUT = 20.0
+"""Seconds that a rank waits for the others to take their leave: on a loaded machine some are seconds behind."""
 GC_THRESHOLD = 50_000
 """New containers between two collections in a rank process (Python: 700)."""
 _PR_SET_PDEATHSIG = 1
@@ -181,7 +183,7 @@ class Rank:
         code = self.server.run()
         transport = self.server.transport
         if transport is not None:
-            self.is_clean = transport.close()
+            self.is_clean = transport.close(CLOSE_TIMEOUT)
         if self.doorbell is not None:
             self.loop.remove_reader(self.doorbell.fd)
             self.loop.remove_reader(self.doorbell.bell)

@@ -40,7 +40,10 @@ def test_a_worker_is_blocked_until_the_last_of_its_threads_goes_on():
     client = Client(theirs, is_driver=False)
     client.prefix = PREFIX
     raylet = Raylet(ours)
-    waiting = [threading.Thread(target=client.fetch, args=([ref], None)) for ref in (X, Y)]
+    held = [client.adopt(identifier) for identifier in (X, Y)]
+    client.flush()
+    assert [raylet.read() for _ in held] == [m.AddReferences([X]), m.AddReferences([Y])]
+    waiting = [threading.Thread(target=client.fetch, args=([ref], None), daemon=True) for ref in (X, Y)]
     for thread in waiting:
         thread.start()
     assert {raylet.read().ids[0] for _ in waiting} == {X, Y}

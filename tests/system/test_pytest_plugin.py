@@ -63,6 +63,18 @@ TESTS = """
     def test_good_in_the_end(hpcray_job):
         assert hpcray.get(hpcray.remote(double).remote(1)) == 2
 """
+PLUGIN = """
+    from importlib.metadata import entry_points
+
+    # An interpreter that only has hpcray on its path does not load its plugin by itself.
+    pytest_plugins = [] if entry_points(group="pytest11", name="hpcray") else ["hpcray.testing.plugin"]
+"""
+DIFFERENT_ON_EACH_RANK = """
+    def pytest_collection_modifyitems(items):
+        import os
+        rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", 0)))
+        del items[rank + 1 :]
+"""
 PYTEST = ("-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", "--color=no")
 
 
@@ -78,8 +90,8 @@ def session(starter, mpi):
 
 
 def write_tests(starter):
-    # By name, for an interpreter in which hpcray is not installed; where it is, this is the same plugin.
-    starter.write("[pytest]\naddopts = -p hpcray.testing.plugin\n", "pytest.ini")
+    starter.write("[pytest]\n", "pytest.ini")
+    starter.write(PLUGIN, "conftest.py")
     starter.write(TESTS, "test_users.py")
 
 
@@ -110,16 +122,9 @@ def test_selected_tests_pass_on_all_ranks(session):
 
 
 def test_ranks_with_other_tests_are_refused(session, starter):
-    starter.write(
-        """
-        import os
-        rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", 0)))
-        def pytest_collection_modifyitems(items):
-            del items[rank + 1 :]
-        """,
-        "conftest.py",
-    )
-    finished = session(3, "test_users.py")
+    starter.write(DIFFERENT_ON_EACH_RANK, "tests/conftest.py")
+    starter.write(TESTS, "tests/test_theirs.py")
+    finished = session(3, "tests")
     assert finished.code, finished
     assert "ranks [1, 2] have collected other tests than rank 0" in finished.err, finished
 
