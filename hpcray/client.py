@@ -366,7 +366,9 @@ class Client:
             finally:
                 self._stop_getting(coming)
             if not arrived:
-                self.send(m.StopGetting())
+                if self._blocked == 1 and not self._futures:
+                    # It takes back all that was asked for, so not while others of this process wait for theirs.
+                    self.send(m.StopGetting())
                 raise GetTimeoutError(
                     f"get() timed out after {timeout} s: {len(missing)} of {len(identifiers)} objects are not ready, "
                     f"ObjectRef({missing[-1].hex()}) among them; they may still come, and get() may be called again"

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Iterator
 
-from hpcray import ids
+import pytest
+
+from hpcray import ids, payload
 from hpcray.client import Client
+from hpcray.exceptions import GetTimeoutError
+from hpcray.object_ref import counted
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import decode_from_client, split_stream, stream_frame
 
@@ -16,6 +21,8 @@ X, Y = (ids.object_id(ids.task_id(PREFIX, number), 0) for number in (1, 2))
 
 class Raylet:
     """Reads what the client says, one message at a time."""
+
+    client: Client
 
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(10)
@@ -34,25 +41,78 @@ class Raylet:
         self._sock.sendall(stream_frame([message]))
 
 
-def test_a_worker_is_blocked_until_the_last_of_its_threads_goes_on():
-    # Else its raylet would send it tasks that it hands back at once, over and over.
+@pytest.fixture
+def raylet() -> Iterator[Raylet]:
     ours, theirs = socket.socketpair()
-    client = Client(theirs, is_driver=False)
-    client.prefix = PREFIX
     raylet = Raylet(ours)
-    held = [client.adopt(identifier) for identifier in (X, Y)]
-    client.flush()
-    assert [raylet.read() for _ in held] == [m.AddReferences([X]), m.AddReferences([Y])]
-    waiting = [threading.Thread(target=client.fetch, args=([ref], None), daemon=True) for ref in (X, Y)]
-    for thread in waiting:
-        thread.start()
-    assert {raylet.read().ids[0] for _ in waiting} == {X, Y}
-    raylet.send(m.InlineObject(Y, b"\0"))
-    waiting[1].join(10)
-    client.send(m.KeepForever([]))
-    assert raylet.read() == m.KeepForever([])
-    raylet.send(m.InlineObject(X, b"\0"))
-    waiting[0].join(10)
-    assert raylet.read() == m.Unblocked()
+    raylet.client = client = Client(theirs, is_driver=False)
+    client.prefix = PREFIX
+    for ref in (X, Y):
+        client.count_up(ref)
+    yield raylet
     client.close()
     ours.close()
+
+
+def start_to_get(raylet: Raylet, ref: bytes) -> threading.Thread:
+    """A thread that waits for an object; its raylet has been asked for it."""
+    thread = threading.Thread(target=raylet.client.fetch, args=([ref], None))
+    thread.start()
+    while not isinstance(message := raylet.read(), m.Get):
+        assert isinstance(message, m.AddReferences)
+    assert message == m.Get([ref], blocks=True)
+    return thread
+
+
+def said_nothing_more(raylet: Raylet) -> bool:
+    raylet.client.send(m.KeepForever([]))
+    return raylet.read() == m.KeepForever([])
+
+
+def test_a_worker_is_blocked_until_the_last_of_its_threads_goes_on(raylet):
+    # Else its raylet would send it tasks that it hands back at once, over and over.
+    waits_for_x, waits_for_y = start_to_get(raylet, X), start_to_get(raylet, Y)
+    raylet.send(m.InlineObject(Y, b"\0"))
+    waits_for_y.join(10)
+    assert said_nothing_more(raylet)
+    raylet.send(m.InlineObject(X, b"\0"))
+    waits_for_x.join(10)
+    assert raylet.read() == m.Unblocked()
+
+
+def time_out(raylet: Raylet, ref: bytes) -> None:
+    """A `get` of this object times out in another thread."""
+
+    def get() -> None:
+        with pytest.raises(GetTimeoutError):
+            raylet.client.fetch([ref], 0.01)
+
+    thread = threading.Thread(target=get)
+    thread.start()
+    while not isinstance(message := raylet.read(), m.Query):
+        assert isinstance(message, (m.AddReferences, m.Get))
+    raylet.send(m.Answer(message.number, ok=True, payload=b""))
+    thread.join(10)
+
+
+def test_a_get_that_times_out_takes_back_what_it_asked_for(raylet):
+    time_out(raylet, X)
+    assert raylet.read() == m.StopGetting()
+    assert raylet.read() == m.Unblocked()
+
+
+def test_a_get_that_times_out_does_not_end_those_of_other_threads(raylet):
+    waits_for_y = start_to_get(raylet, Y)
+    time_out(raylet, X)
+    assert said_nothing_more(raylet)
+    raylet.send(m.InlineObject(Y, b"\0"))
+    waits_for_y.join(10)
+
+
+def test_a_get_that_times_out_does_not_end_a_future(raylet):
+    future = raylet.client.future(counted(Y, raylet.client))
+    time_out(raylet, X)
+    assert raylet.read() == m.Unblocked()
+    assert said_nothing_more(raylet)
+    raylet.send(m.InlineObject(Y, bytes([payload.RAW]) + b"value"))
+    assert future.result(10) == b"value"
