@@ -96,8 +96,8 @@ def write_tests(starter):
 
 
 def summaries(finished):
-    """The last lines of all ranks, without the time, in alphabetical order."""
-    return sorted(re.findall(r"^(.*(?:passed|failed).*) in [0-9.]+s", finished.out, re.MULTILINE))
+    """The last lines of all ranks, without the time, in alphabetical order. They may begin within another rank's line."""
+    return sorted(re.findall(r"(\d+ (?:passed|failed).*?) in [0-9.]+s", finished.out))
 
 
 def test_failures_and_skips_on_rank_0_leave_nobody_waiting(session):
