@@ -56,6 +56,7 @@ class Calls:
 
     def __init__(self, table: ObjectTable, out: TasksOut) -> None:
         self._table = table
+        self._references = table.references
         self._out = out
         self.views: dict[bytes, ActorView] = {}
         self.sent: dict[bytes, PendingCall] = {}
@@ -70,12 +71,12 @@ class Calls:
         self.created[actor] = message
         self._unregistered.add(actor)
         self.views[actor] = ActorView()
-        handle = self._table.create(object_id(actor, 0))
+        handle = self._references.create(object_id(actor, 0))
         self._table.set_inline(handle.id, payload.NONE, [])
         if not message.detached:
             handle.on_free = lambda: self._unreferenced(actor)
-        hold_all(self._table, message.nested)
-        hold_all(self._table, message.dependencies)
+        hold_all(self._references, message.nested)
+        hold_all(self._references, message.dependencies)
         missing = 0
 
         def exists() -> None:
@@ -126,10 +127,10 @@ class Calls:
     # -------------------------------------------------------------------------------------------------- calls
     def on_call(self, message: m.Call) -> None:
         for index in range(1, message.num_returns + 1):
-            self._table.create(object_id(message.task, index))
-        self._table.hold(object_id(message.actor, 0))
-        hold_all(self._table, message.nested)
-        hold_all(self._table, message.dependencies)
+            self._references.create(object_id(message.task, index))
+        self._references.hold(object_id(message.actor, 0))
+        hold_all(self._references, message.nested)
+        hold_all(self._references, message.dependencies)
         view = self.views.get(message.actor)
         if view is None:
             view = self.views[message.actor] = ActorView()
@@ -198,7 +199,7 @@ class Calls:
             creation = self.created.pop(message.actor, None)
             if creation is not None:
                 for identifier in (*creation.dependencies, *creation.nested):
-                    self._table.drop(identifier)
+                    self._references.drop(identifier)
         for caller in list(view.queues):
             self._pump(view, caller)
         if message.state == "dead" and not view.queues:
@@ -212,7 +213,7 @@ class Calls:
             return False
         for result in message.results:
             for inner in result.nested:
-                self._table.hold_counted(inner)
+                self._references.hold_counted(inner)
         record_results(self._table, message, executor)
         self._release(call.message)
         return True
@@ -240,6 +241,6 @@ class Calls:
         self._release(message)
 
     def _release(self, message: m.Call) -> None:
-        self._table.drop(object_id(message.actor, 0))
+        self._references.drop(object_id(message.actor, 0))
         for identifier in (*message.dependencies, *message.nested):
-            self._table.drop(identifier)
+            self._references.drop(identifier)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpcray.protocol.messages import Dependency
-from hpcray.store.table import Block
+from hpcray.store.memory import Block
 
 
 class Client:

@@ -1,6 +1,6 @@
 """The raylet: what clients and peers tell it, brought to the part that it concerns.
 
-    ObjectTable   where objects are, who counts them            (store/table.py)
+    ObjectTable   where objects are, who waits for them         (store/table.py)
     Tasks         tasks whose home this raylet is               (raylet/tasks.py)
     Calls         actor calls of this raylet's clients          (raylet/calls.py)
     Pool          workers, and what runs on them                (raylet/pool.py)
@@ -30,7 +30,9 @@ from hpcray.raylet.pool import Pool
 from hpcray.raylet.tasks import Tasks
 from hpcray.resources import Shape, as_floats
 from hpcray.store.allocator import Allocator
-from hpcray.store.table import HERE, INLINE, MAPPED, Block, Entry, ObjectTable
+from hpcray.store.entry import HERE, INLINE, MAPPED, Entry
+from hpcray.store.memory import Block
+from hpcray.store.table import ObjectTable
 
 LOAD_DELAY = 0.01
 """Seconds by which the GCS may hear late that a raylet has less room than it said."""
@@ -115,6 +117,9 @@ class RayletCore:
         self.clients: dict[int, Client] = {}
         self._clients_made = 0
         self.table = ObjectTable(rank, Allocator(arena_start, me.arena_size), self)
+        self.references = self.table.references
+        self.memory = self.table.memory
+        self.transfers = self.table.transfers
         self.ledger = Ledger(me.resources)
         self.pool = Pool(self.ledger, self.table, self)
         self.tasks = Tasks(self.table, self.pool, self)
@@ -142,13 +147,14 @@ class RayletCore:
             m.Execute: self._on_execute, m.ExecuteCall: self._on_execute_call, m.Finished: self._on_finished,
             m.Crashed: self._on_crashed, m.StartActor: lambda rank, x: self.hosted.on_start(x, rank),
             m.Locate: lambda rank, x: self.table.on_locate(x.id, rank), m.Located: lambda _, x: self.table.on_located(x),
-            m.Borrow: self._on_borrow, m.Borrowed: lambda rank, _: self.table.on_borrowed(rank),
-            m.Unborrow: lambda rank, x: self.table.on_unborrow(x.id, rank, x.count),
-            m.CopyAdded: lambda rank, x: self.table.on_copy_added(x, rank),
-            m.CopyDropped: lambda rank, x: self.table.on_copy_dropped(x.id, rank), m.Free: self._on_free,
-            m.Pull: lambda rank, x: self.table.on_pull(x, rank), m.MapObject: lambda rank, x: self.table.on_map(x.id, rank),
-            m.ObjectMapped: lambda rank, x: self.table.on_mapped(x, rank),
-            m.UnmapObject: lambda rank, x: self.table.on_unmap(x.id, rank), m.PullFailed: self._on_pull_failed,
+            m.Borrow: self._on_borrow, m.Borrowed: lambda rank, _: self.references.on_borrowed(rank),
+            m.Unborrow: lambda rank, x: self.references.on_unborrow(x.id, rank, x.count),
+            m.CopyAdded: lambda rank, x: self.transfers.on_copy_added(x, rank),
+            m.CopyDropped: lambda rank, x: self.transfers.on_copy_dropped(x.id, rank), m.Free: self._on_free,
+            m.Pull: lambda rank, x: self.transfers.on_pull(x, rank),
+            m.MapObject: lambda rank, x: self.transfers.on_map(x.id, rank),
+            m.ObjectMapped: lambda rank, x: self.transfers.on_mapped(x, rank),
+            m.UnmapObject: lambda rank, x: self.transfers.on_unmap(x.id, rank), m.PullFailed: self._on_pull_failed,
             m.Define: lambda _, x: self.define(x), m.DefineTemplate: lambda _, x: self.define(x),
             m.Grant: lambda _, x: self.tasks.on_grant(x), m.PlaceActor: lambda _, x: self.calls.on_place(x),
             m.ActorChanged: lambda _, x: self.calls.on_changed(x),
@@ -308,11 +314,11 @@ class RayletCore:
                     self._report_crash(work, payload.system_error("WorkerCrashedError", _crash_text(name, why)))
         for blocks in client.pins.values():
             for block in blocks:
-                self.table.unpin(block)
+                self.memory.unpin(block)
         for block in client.reserved.values():
-            self.table.abandon(block)
+            self.memory.abandon(block)
         for identifier in client.held:
-            self.table.drop(identifier)
+            self.references.drop(identifier)
         client.held.clear()
 
     # ---------------------------------------------------------------------------------------- references and objects
@@ -323,45 +329,45 @@ class RayletCore:
                 held.discard(identifier)
                 client.wanted.discard(identifier)
                 client.watched.discard(identifier)
-                self.table.drop(identifier)
+                self.references.drop(identifier)
 
     def _on_add_references(self, client: Client, message: m.AddReferences) -> None:
         for identifier in message.ids:
             if identifier not in client.held:
                 client.held.add(identifier)
-                self.table.hold(identifier)
+                self.references.hold(identifier)
 
     def _on_keep_forever(self, client: Client, message: m.KeepForever) -> None:
         for identifier in message.ids:
-            self.table.hold(identifier)
+            self.references.hold(identifier)
 
     def _on_put_inline(self, client: Client, message: m.PutInline) -> None:
         self._hold_nested(message.nested)
-        self.table.create(message.id)
+        self.references.create(message.id)
         client.held.add(message.id)
         self.table.set_inline(message.id, message.data, message.nested)
 
     def _hold_nested(self, nested: list[bytes]) -> None:
         for inner in nested:
-            self.table.hold(inner)
+            self.references.hold(inner)
 
     def _on_reserve(self, client: Client, message: m.Reserve) -> None:
         def then(block: Block | None) -> None:
             if block is None:
-                error = payload.system_error("ObjectStoreFullError", self.table.why_full(message.size))
+                error = payload.system_error("ObjectStoreFullError", self.memory.why_full(message.size))
                 self._out.to_client(client, m.ReserveFailed(message.id, error))
             elif client.number not in self.clients:
-                self.table.abandon(block)
+                self.memory.abandon(block)
             else:
                 client.reserved[message.id] = block
                 self._out.to_client(client, m.Reserved(message.id, block.offset))
 
-        self.table.reserve(message.id, message.size, self.now + self._store_timeout, then)
+        self.memory.reserve(message.id, message.size, self.now + self._store_timeout, then)
 
     def _on_seal(self, client: Client, message: m.Seal) -> None:
         block = client.reserved.pop(message.id)
         self._hold_nested(message.nested)
-        self.table.create(message.id)
+        self.references.create(message.id)
         client.held.add(message.id)
         self.table.set_here(message.id, block, message.nested)
 
@@ -369,7 +375,7 @@ class RayletCore:
         for identifier in message.ids:
             blocks = client.pins.get(identifier)
             if blocks:
-                self.table.unpin(blocks.pop())
+                self.memory.unpin(blocks.pop())
                 if not blocks:
                     del client.pins[identifier]
 
@@ -412,7 +418,7 @@ class RayletCore:
         if block.rank not in client.mapped:
             client.mapped.add(block.rank)
             self._out.send_arena(client, block.rank)
-        self.table.pin(block)
+        self.memory.pin(block)
         client.pins.setdefault(entry.id, []).append(block)
         return m.StoredValue(block.rank, block.offset, block.size, entry.id)
 
@@ -522,7 +528,7 @@ class RayletCore:
 
     def _report_crash(self, work: Work, error: bytes) -> None:
         if work.home != self.rank:
-            self.table.after_borrows(lambda: self.send(work.home, m.Crashed(work.task, work.attempt, error)))
+            self.references.after_borrows(lambda: self.send(work.home, m.Crashed(work.task, work.attempt, error)))
         elif not self.calls.on_crashed(work.task, error):
             self.tasks.on_crashed(work.task, work.attempt, error)
 
@@ -543,7 +549,7 @@ class RayletCore:
         if client.reserved:
             # A result was written, then a later one could not be: the task has failed, and nobody will seal the first.
             for identifier in [i for i in client.reserved if task_of(i) == message.task]:
-                self.table.abandon(client.reserved.pop(identifier))
+                self.memory.abandon(client.reserved.pop(identifier))
 
     def _finish_here(self, client: Client, work: Work, message: m.TaskDone) -> None:
         is_call = bool(work.actor)
@@ -558,7 +564,7 @@ class RayletCore:
         for index, result in enumerate(message.results, 1):
             identifier = object_id(work.task, index)
             for inner in result.nested:
-                table.hold(inner)
+                self.references.hold(inner)
             if isinstance(result, m.InlineResult):
                 table.set_inline(identifier, result.data, result.nested)
             else:
@@ -571,18 +577,18 @@ class RayletCore:
     def _abandon_results(self, client: Client, work: Work, message: m.TaskDone) -> None:
         for index, result in enumerate(message.results, 1):
             if isinstance(result, m.StoredResult):
-                self.table.abandon(client.reserved.pop(object_id(work.task, index)))
+                self.memory.abandon(client.reserved.pop(object_id(work.task, index)))
 
     def _finish_away(self, client: Client, work: Work, message: m.TaskDone) -> None:
-        table = self.table
+        references = self.references
         for index, result in enumerate(message.results, 1):
             for inner in result.nested:
-                table.count_for(inner, work.home)
+                references.count_for(inner, work.home)
             if isinstance(result, m.StoredResult):
                 identifier = object_id(work.task, index)
-                table.keep_primary(identifier, client.reserved.pop(identifier))
+                self.table.keep_primary(identifier, client.reserved.pop(identifier))
         reply = m.Finished(work.task, work.attempt, message.results, message.failed, message.retry)
-        table.after_borrows(lambda: self._out.send(work.home, reply))
+        references.after_borrows(lambda: self._out.send(work.home, reply))
 
     def _on_finished(self, executor: int, message: m.Finished) -> None:
         if not self.calls.on_finished(message, executor):
@@ -599,7 +605,7 @@ class RayletCore:
 
     # ------------------------------------------------------------------------------------------------ other peers' news
     def _on_borrow(self, rank: int, message: m.Borrow) -> None:
-        self.table.on_borrow(message.id, message.borrower)
+        self.references.on_borrow(message.id, message.borrower)
         self.send(rank, m.Borrowed())
 
     def _on_free(self, rank: int, message: m.Free) -> None:
@@ -608,7 +614,7 @@ class RayletCore:
 
     def _on_pull_failed(self, rank: int, message: m.PullFailed) -> None:
         if message.tag == 0:
-            self.table.on_map_failed(message.id, rank)
+            self.transfers.on_map_failed(message.id, rank)
         else:
             self._out.pull_failed(rank, message.tag)
 
@@ -649,9 +655,9 @@ class RayletCore:
     def end_turn(self, now: float) -> None:
         """Place, dispatch and report what this turn changed, until nothing is left to do inside this rank."""
         self.now = now
-        table, tasks, pool = self.table, self.tasks, self.pool
-        if table.is_waiting_for_room:
-            table.expire(now)
+        tasks, pool = self.tasks, self.pool
+        if self.memory.is_waited_for:
+            self.memory.expire(now)
         while True:
             if tasks.has_work:
                 tasks.place()

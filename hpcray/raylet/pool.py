@@ -22,7 +22,8 @@ from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work, Worker
 from hpcray.raylet.ledger import Ledger
 from hpcray.resources import UNIT, Shape
-from hpcray.store.table import HERE, INLINE, MAPPED, Entry, ObjectTable
+from hpcray.store.entry import HERE, INLINE, MAPPED, Entry
+from hpcray.store.table import ObjectTable
 
 QUEUED_SECONDS = 0.002
 """How much work, by measured duration, may lie at a worker behind what it runs."""
@@ -81,7 +82,8 @@ class Pool:
 
         for dependency in work.dependencies:
             if isinstance(dependency, m.RemoteDependency):
-                table.add_guest(dependency.id, dependency.size, dependency.ranks)
+                table.references.add_guest(dependency.id)
+                table.learn_copies(dependency.id, dependency.size, dependency.ranks)
                 if not table.when_local(dependency.id, arrived):
                     work.missing += 1
         if work.missing:
@@ -264,7 +266,7 @@ class Pool:
         """The work will not run here, or has run: its arguments may go."""
         for dependency in work.dependencies:
             if isinstance(dependency, m.RemoteDependency):
-                self._table.drop_guest(dependency.id)
+                self._table.references.drop_guest(dependency.id)
 
     def on_handed_back(self, worker: Worker, tasks: Iterable[bytes]) -> None:
         """A worker that blocks returned tasks which it had not started: they go first."""

@@ -37,7 +37,7 @@ from hpcray.raylet.forkserver import Exited, Spawned, SpawnFailed
 from hpcray.raylet.processes import ForkServer, ServerEnded
 from hpcray.raylet.workers import WorkerProcesses, exit_code
 from hpcray.store.arena import CONTROL_PAGE, Arena
-from hpcray.store.table import Block
+from hpcray.store.memory import Block
 from hpcray.transport.poller import EventLoop
 from hpcray.worker.functions import content_id
 
@@ -171,7 +171,7 @@ class RankServer:
             core.end_turn(self.loop.now)
             if self._config.check:
                 core.check()
-            self._set_timer(core.table.next_expiry)
+            self._set_timer(core.memory.next_expiry)
             self._set_timer(core.report_due)
         for channel in self._dirty:
             channel.flush()

@@ -21,7 +21,9 @@ from hpcray.ids import object_id
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work
 from hpcray.raylet.pool import Pool
-from hpcray.store.table import HERE, INLINE, ObjectTable
+from hpcray.store.entry import HERE, INLINE
+from hpcray.store.references import References
+from hpcray.store.table import ObjectTable
 
 NOWHERE = -1
 
@@ -74,6 +76,7 @@ class Tasks:
 
     def __init__(self, table: ObjectTable, pool: Pool, out: TasksOut) -> None:
         self._table = table
+        self._references = table.references
         self._pool = pool
         self._out = out
         self.tasks: dict[bytes, Task] = {}
@@ -89,10 +92,10 @@ class Tasks:
         task = Task(message, template)
         self.tasks[task.id] = task
         for index in range(1, task.num_returns + 1):
-            self._table.create(object_id(task.id, index))
-        hold_all(self._table, task.nested)
+            self._references.create(object_id(task.id, index))
+        hold_all(self._references, task.nested)
         if task.dependencies:
-            hold_all(self._table, task.dependencies)
+            hold_all(self._references, task.dependencies)
 
             def exists() -> None:
                 task.missing -= 1
@@ -203,10 +206,10 @@ class Tasks:
         """The reply of another rank."""
         for result in message.results:
             for inner in result.nested:
-                self._table.hold_counted(inner)
+                self._references.hold_counted(inner)
         task = self.tasks.get(message.task)
         if task is None or task.attempt != message.attempt or (message.failed and message.retry and self._retry(task)):
-            discard_results(self._table, message, executor, self._out)
+            discard_results(self._references, message, executor, self._out)
         else:
             del self.tasks[task.id]
             record_results(self._table, message, executor)
@@ -261,16 +264,16 @@ class Tasks:
 
     def _release(self, task: Task) -> None:
         for identifier in task.dependencies:
-            self._table.drop(identifier)
+            self._references.drop(identifier)
         for identifier in task.nested:
-            self._table.drop(identifier)
+            self._references.drop(identifier)
 
 
 # ------------------------------------------------------------------------------------------------- shared with actor calls
-def hold_all(table: ObjectTable, identifiers: Iterable[bytes]) -> None:
+def hold_all(references: References, identifiers: Iterable[bytes]) -> None:
     """Hold references for as long as a task or call is under way."""
     for identifier in identifiers:
-        table.hold(identifier)
+        references.hold(identifier)
 
 
 def dependency_error(table: ObjectTable, dependencies: Iterable[bytes]) -> bytes | None:
@@ -309,10 +312,10 @@ def record_results(table: ObjectTable, message: m.Finished, executor: int) -> No
             table.set_away(identifier, executor, result.size, result.nested)
 
 
-def discard_results(table: ObjectTable, message: m.Finished, executor: int, out: TasksOut) -> None:
+def discard_results(references: References, message: m.Finished, executor: int, out: TasksOut) -> None:
     """Returns that nobody waits for: give up what came with them."""
     for index, result in enumerate(message.results, 1):
         for inner in result.nested:
-            table.drop(inner)
+            references.drop(inner)
         if isinstance(result, m.StoredResult):
             out.send(executor, m.Free([object_id(message.task, index)]))

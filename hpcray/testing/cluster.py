@@ -18,7 +18,7 @@ from hpcray.protocol.codec import decode_from_client, decode_from_peer, decode_f
 from hpcray.raylet.clients import Client
 from hpcray.raylet.core import NodeInfo, RayletCore
 from hpcray.resources import UNIT, Shape
-from hpcray.store.table import Block
+from hpcray.store.memory import Block
 from hpcray.testing.process import Process
 
 NONCE = b"a nonce!"
@@ -338,7 +338,7 @@ class Cluster:
             found += [f"{name}: call {i.hex()}" for i in core.calls.sent]
             found += [f"{name}: calls of {i.hex()} wait" for i, view in core.calls.views.items() if view.queues]
             found += [f"{name}: actor {i.hex()}" for i in (*core.calls.created, *core.hosted.actors)]
-            if used := core.table.memory_in_use:
+            if used := core.memory.in_use:
                 found.append(f"{name}: {used} bytes are allocated")
             if core.ledger.free != core.ledger.total:
                 found.append(f"{name}: free {core.ledger.free} of {core.ledger.total}")

@@ -242,7 +242,7 @@ class Program:
             process.wanted.clear()
             process.release(list(process.held))
         self.settle(keep=False)
-        if any(node.core.table.is_waiting_for_room for node in self.cluster.ranks):
+        if any(node.core.memory.is_waited_for for node in self.cluster.ranks):
             # Without spilling, arguments that do not fit together on the node that was chosen wait for ever.
             assert self.may_be_full
             return

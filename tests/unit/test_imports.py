@@ -18,7 +18,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 MAY_IMPORT_MPI = {"transport/mpi.py", "launcher/bootstrap.py", "testing/plugin.py", "testing/ranks.py"}
 CORES = {
     "protocol/messages.py", "protocol/codec.py", "ids.py", "resources.py", "payload.py", "exceptions.py",
-    "store/table.py", "store/allocator.py",
+    "store/table.py", "store/entry.py", "store/references.py", "store/memory.py", "store/transfers.py",
+    "store/allocator.py",
     "raylet/core.py", "raylet/tasks.py", "raylet/calls.py", "raylet/pool.py", "raylet/actors.py", "raylet/ledger.py",
     "raylet/clients.py", "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py",
 }  # fmt: skip
@@ -75,10 +76,8 @@ LAYERS = {
     "values": {"ids", "resources", "payload", "exceptions", "config"},
     "protocol": {"protocol"},
     "cores": {
-        "store.table",
-        "store.allocator",
         "gcs",
-        *(f"raylet.{core[7:-3]}" for core in CORES if core.startswith("raylet/")),
+        *(core[:-3].replace("/", ".") for core in CORES if core.startswith(("raylet/", "store/"))),
     },
 }
 ORDER = ["values", "protocol", "cores"]

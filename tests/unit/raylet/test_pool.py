@@ -285,10 +285,10 @@ def test_a_worker_that_dies_with_reserved_memory_gives_it_back():
     (worker,) = cluster.running
     worker.send(m.Reserve(b"x" * 28, 2000))
     cluster.run(hold={("down", 0, worker.number)})
-    assert cluster.ranks[0].core.table.memory_in_use
+    assert cluster.ranks[0].core.memory.in_use
     cluster.kill(worker)
     cluster.run()
-    assert cluster.ranks[0].core.table.memory_in_use == 0
+    assert cluster.ranks[0].core.memory.in_use == 0
 
 
 def test_what_a_dead_client_waited_for_is_not_pinned_for_it():
@@ -318,7 +318,7 @@ def test_the_first_of_two_results_is_given_up_if_there_is_no_room_for_the_second
     driver.get([first, second])
     cluster.run()
     assert [payload.describe_system_error(error)[0] for error in driver.errors.values()] == ["ObjectStoreFullError"] * 2
-    assert cluster.ranks[0].core.table.memory_in_use == 0
+    assert cluster.ranks[0].core.memory.in_use == 0
 
 
 def test_work_whose_arguments_are_on_their_way_takes_up_room():

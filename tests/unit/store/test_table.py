@@ -12,7 +12,9 @@ from hpcray import ids, payload
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.table import HERE, INLINE, MAPPED, Block, ObjectTable
+from hpcray.store.entry import HERE, INLINE, MAPPED
+from hpcray.store.memory import Block
+from hpcray.store.table import ObjectTable
 from hpcray.testing.cluster import Cluster
 from hpcray.testing.process import Process
 
@@ -270,7 +272,7 @@ def test_the_view_of_an_argument_ends_with_the_task():
     cluster.worker_on(0).finish()
     driver.release([x, *refs])
     cluster.run()
-    assert cluster.ranks[0].core.table.memory_in_use == 0
+    assert cluster.ranks[0].core.memory.in_use == 0
     assert cluster.workers
 
 
@@ -360,128 +362,134 @@ def table(out: Out) -> Iterator[ObjectTable]:
 
 def write(table: ObjectTable, identifier: bytes, size: int = 1024) -> Block:
     blocks: list[Block | None] = []
-    table.reserve(identifier, size, 100.0, blocks.append)
+    table.memory.reserve(identifier, size, 100.0, blocks.append)
     (block,) = blocks
     assert block is not None
     return block
 
 
+def need(table: ObjectTable, identifier: bytes, ranks: list[int], size: int = 1024) -> None:
+    """A task that came here needs the object; who sent it says where the object is."""
+    table.references.add_guest(identifier)
+    table.learn_copies(identifier, size, ranks)
+
+
 def fetch(table: ObjectTable, out: Out, identifier: bytes, size: int = 1024) -> None:
     """A task's argument comes here from afar; when the task is done it stays as a copy that may be evicted."""
-    table.add_guest(identifier, size, [FAR])
+    need(table, identifier, [FAR], size)
     assert not table.when_local(identifier, lambda: None)
     out.arrive()
-    table.drop_guest(identifier)
+    table.references.drop_guest(identifier)
     out.take()
 
 
 def ask(table: ObjectTable, size: int, deadline: float = 100.0) -> list[Block | None]:
     """What a creator is told, once it is told."""
     told: list[Block | None] = []
-    table.reserve(name(ME, 99), size, deadline, told.append)
+    table.memory.reserve(name(ME, 99), size, deadline, told.append)
     return told
 
 
 def borrowed(table: ObjectTable, out: Out, identifier: bytes) -> None:
     """Hold a reference that is homed elsewhere, and have the home count it."""
-    table.hold(identifier)
-    table.on_borrowed(ids.home_of(identifier))
+    table.references.hold(identifier)
+    table.references.on_borrowed(ids.home_of(identifier))
     out.take()
 
 
 def test_to_drop_what_nobody_holds_is_a_bug(table):
     with pytest.raises(InternalError, match="nothing here holds"):
-        table.drop(name(ME, 1))
+        table.references.drop(name(ME, 1))
 
 
 def test_to_give_back_what_the_home_forgot_is_a_bug(table):
     with pytest.raises(InternalError, match="has forgotten"):
-        table.on_unborrow(name(ME, 1), FAR, 1)
+        table.references.on_unborrow(name(ME, 1), FAR, 1)
 
 
 def test_holding_a_reference_homed_here_that_was_freed_gives_an_error_and_no_hang(table):
-    entry = table.hold(name(ME, 1))
+    entry = table.references.hold(name(ME, 1))
     assert entry.state == INLINE
     assert payload.describe_system_error(entry.data)[0] == "ObjectLostError"
-    table.drop(name(ME, 1))
+    table.references.drop(name(ME, 1))
     assert not table.entries
 
 
 def test_a_borrow_of_what_was_freed_is_counted_and_given_back(table):
-    table.on_borrow(name(ME, 1), FAR)
-    table.on_unborrow(name(ME, 1), FAR, 1)
+    table.references.on_borrow(name(ME, 1), FAR)
+    table.references.on_unborrow(name(ME, 1), FAR, 1)
     assert not table.entries
 
 
 def test_what_is_held_twice_is_borrowed_once(table, out):
     x = name(FAR, 1)
-    table.hold(x)
-    table.hold(x)
+    table.references.hold(x)
+    table.references.hold(x)
     assert out.take() == [(FAR, m.Borrow(x, ME))]
-    table.on_borrowed(FAR)
-    table.drop(x)
+    table.references.on_borrowed(FAR)
+    table.references.drop(x)
     assert not out.sent
-    table.drop(x)
+    table.references.drop(x)
     assert out.take() == [(FAR, m.Unborrow(x, 1))]
     assert not table.entries
 
 
 def test_a_reference_that_came_counted_is_given_back_as_often_as_it_came(table, out):
     x = name(FAR, 1)
-    table.hold_counted(x)
-    table.hold_counted(x)
-    table.drop(x)
-    table.drop(x)
+    table.references.hold_counted(x)
+    table.references.hold_counted(x)
+    table.references.drop(x)
+    table.references.drop(x)
     assert out.take() == [(FAR, m.Unborrow(x, 2))]
 
 
 def test_nothing_is_let_go_of_before_earlier_borrows_are_counted(table, out):
     x, y = name(FAR, 1), name(FARTHER, 1)
     borrowed(table, out, x)
-    table.hold(y)
-    table.drop(x)
+    table.references.hold(y)
+    table.references.drop(x)
     told = []
-    table.after_borrows(lambda: told.append("replied"))
+    table.references.after_borrows(lambda: told.append("replied"))
     assert out.take() == [(FARTHER, m.Borrow(y, ME))]
     assert not told
-    table.on_borrowed(FARTHER)
+    table.references.on_borrowed(FARTHER)
     assert out.take() == [(FAR, m.Unborrow(x, 1))]
     assert told == ["replied"]
-    table.drop(y)
+    table.references.drop(y)
 
 
 def test_what_is_let_go_of_keeps_its_order_over_several_homes(table, out):
     x, y = name(FAR, 1), name(FARTHER, 1)
     order = []
-    table.hold(x)
-    table.after_borrows(lambda: order.append(1))
-    table.hold(y)
-    table.after_borrows(lambda: order.append(2))
-    table.on_borrowed(FARTHER)
+    table.references.hold(x)
+    table.references.after_borrows(lambda: order.append(1))
+    table.references.hold(y)
+    table.references.after_borrows(lambda: order.append(2))
+    table.references.on_borrowed(FARTHER)
     assert order == []  # the older one is not counted yet
-    table.on_borrowed(FAR)
+    table.references.on_borrowed(FAR)
     assert order == [1, 2]
 
 
 def test_counts_for_others_go_to_the_home(table, out):
     mine, theirs = name(ME, 1), name(FAR, 1)
-    table.create(mine)
-    table.count_for(mine, FARTHER)
-    table.count_for(theirs, FARTHER)
-    table.count_for(theirs, FAR)  # the home itself needs no count
+    table.references.create(mine)
+    table.references.count_for(mine, FARTHER)
+    table.references.count_for(theirs, FARTHER)
+    table.references.count_for(theirs, FAR)  # the home itself needs no count
     assert out.take() == [(FAR, m.Borrow(theirs, FARTHER))]
-    table.drop(mine)
+    table.references.drop(mine)
     assert mine in table.entries
-    table.on_unborrow(mine, FARTHER, 1)
+    table.references.on_unborrow(mine, FARTHER, 1)
     assert mine not in table.entries
 
 
 @pytest.mark.parametrize("kind", ["inline", "here", "away"])
 def test_a_result_that_nobody_wants_any_more_is_let_go_of(table, out, kind):
     x, inner = name(ME, 1), name(ME, 2)
-    table.create(x)
-    table.create(inner)
-    table.drop(x)
+    table.references.create(x)
+    table.references.create(inner)
+    table.references.drop(x)
     if kind == "inline":
         table.set_inline(x, b"\0", [inner])
     elif kind == "here":
@@ -490,19 +498,19 @@ def test_a_result_that_nobody_wants_any_more_is_let_go_of(table, out, kind):
         table.set_away(x, FAR, 1024, [inner])
         assert out.take() == [(FAR, m.Free([x]))]
     assert not table.entries
-    assert table.memory_in_use == 0
+    assert table.memory.in_use == 0
 
 
 def test_memory_goes_back_when_the_last_view_is_gone(table):
     x = name(ME, 1)
-    table.create(x)
+    table.references.create(x)
     block = write(table, x)
     table.set_here(x, block, [])
-    table.pin(block)
-    table.drop(x)
-    assert table.memory_in_use == 1024
-    table.unpin(block)
-    assert table.memory_in_use == 0
+    table.memory.pin(block)
+    table.references.drop(x)
+    assert table.memory.in_use == 1024
+    table.memory.unpin(block)
+    assert table.memory.in_use == 0
 
 
 def test_a_primary_copy_is_kept_until_its_home_frees_it(table, out):
@@ -510,13 +518,13 @@ def test_a_primary_copy_is_kept_until_its_home_frees_it(table, out):
     table.keep_primary(x, write(table, x))
     assert ask(table, SIZE) == []
     table.on_free(x)
-    assert table.memory_in_use == SIZE
+    assert table.memory.in_use == SIZE
     assert not table.entries
 
 
 def test_waiters_are_told_once_the_object_exists(table):
     x = name(ME, 1)
-    table.create(x)
+    table.references.create(x)
     told = []
     assert not table.when_exists(x, lambda: told.append(1))
     assert not table.when_exists(x, lambda: told.append(2))
@@ -539,15 +547,15 @@ def test_a_borrower_asks_the_home_once_and_gets_small_objects_in_the_answer(tabl
 
 def test_the_home_answers_where_an_object_is_once_it_exists(table, out):
     x = name(ME, 1)
-    table.create(x)
+    table.references.create(x)
     table.on_locate(x, FAR)
     assert not out.sent
     table.set_away(x, FARTHER, 1024, [])
     assert out.take() == [(FAR, m.Located(x, None, 1024, [FARTHER]))]
-    table.on_copy_added(m.CopyAdded(x, mapped=False), FAR)
+    table.transfers.on_copy_added(m.CopyAdded(x, mapped=False), FAR)
     table.on_locate(x, 7)
     assert out.take() == [(7, m.Located(x, None, 1024, [FAR, FARTHER]))]
-    table.on_copy_dropped(x, FAR)
+    table.transfers.on_copy_dropped(x, FAR)
     table.on_locate(x, 7)
     assert out.take() == [(7, m.Located(x, None, 1024, [FARTHER]))]
 
@@ -561,7 +569,7 @@ def test_the_home_says_so_when_it_is_asked_for_what_it_freed(table, out):
 def test_a_transfer_makes_a_copy_and_tells_the_home(table, out):
     x = name(FAR, 1)
     told = []
-    table.add_guest(x, 1024, [FAR])
+    need(table, x, [FAR])
     assert not table.when_local(x, lambda: told.append(1))
     ((_, pull),) = out.take()
     assert pull == m.Pull(x, pull.tag)
@@ -575,13 +583,13 @@ def test_an_answer_of_the_home_does_not_start_a_second_transfer(table, out):
     x = name(FAR, 1)
     borrowed(table, out, x)
     table.when_exists(x, lambda: None)
-    table.add_guest(x, 1024, [FAR])
+    need(table, x, [FAR])
     assert not table.when_local(x, lambda: None)
     assert [type(message) for _, message in out.take()] == [m.Locate, m.Pull]
     table.on_located(m.Located(x, None, 1024, [FAR]))
     assert not out.sent
     out.arrive()
-    assert table.memory_in_use == 1024
+    assert table.memory.in_use == 1024
 
 
 def test_a_task_brings_the_place_of_what_others_here_wait_for(table, out):
@@ -589,7 +597,7 @@ def test_a_task_brings_the_place_of_what_others_here_wait_for(table, out):
     borrowed(table, out, x)
     told = []
     assert not table.when_local(x, lambda: told.append(1))
-    table.add_guest(x, 1024, [FAR])
+    need(table, x, [FAR])
     assert [type(message) for _, message in out.take()] == [m.Locate, m.Pull]
     out.arrive()
     assert told == [1]
@@ -598,32 +606,32 @@ def test_a_task_brings_the_place_of_what_others_here_wait_for(table, out):
 def test_a_source_that_has_lost_its_copy_is_passed_over(table, out):
     x = name(FARTHER, 1)
     told = []
-    table.add_guest(x, 1024, [FAR, FARTHER])
+    need(table, x, [FAR, FARTHER])
     table.when_local(x, lambda: told.append(1))
     out.arrive("it was evicted there")
     assert not told
     assert [(rank, type(message)) for rank, message in out.take()] == [(FAR, m.Pull), (FARTHER, m.Pull)]
     out.arrive()
     assert told == [1]
-    assert table.memory_in_use == 1024
+    assert table.memory.in_use == 1024
 
 
 def test_without_any_copy_the_object_is_lost_and_whoever_waits_hears_of_it(table, out):
     x = name(FARTHER, 1)
     told = []
-    table.add_guest(x, 1024, [FAR])
+    need(table, x, [FAR])
     table.when_local(x, lambda: told.append(1))
     out.arrive("gone")
     assert told == [1]
     assert payload.describe_system_error(table.entries[x].data)[0] == "ObjectLostError"
-    assert table.memory_in_use == 0
+    assert table.memory.in_use == 0
 
 
 def test_a_later_task_adds_the_copies_that_it_knows_of(table, out):
     x = name(FARTHER, 1)
-    table.add_guest(x, 1024, [FAR])
+    need(table, x, [FAR])
     table.when_local(x, lambda: None)
-    table.add_guest(x, 1024, [FARTHER])
+    need(table, x, [FARTHER])
     out.take()
     out.arrive("gone")
     assert [rank for rank, _ in out.take()] == [FARTHER]
@@ -631,7 +639,7 @@ def test_a_later_task_adds_the_copies_that_it_knows_of(table, out):
 
 def test_what_can_never_fit_is_an_error_at_once(table):
     x = name(FAR, 1)
-    table.add_guest(x, SIZE + 64, [FAR])
+    need(table, x, [FAR], SIZE + 64)
     called = []
     assert table.when_local(x, lambda: called.append(1))  # as True says so, nobody is called
     assert not called
@@ -640,39 +648,39 @@ def test_what_can_never_fit_is_an_error_at_once(table):
 
 def test_a_transfer_that_ends_after_its_object_was_freed_gives_its_memory_back(table, out):
     x = name(ME, 1)
-    table.create(x)
+    table.references.create(x)
     table.set_away(x, FAR, 1024, [])
     table.when_local(x, lambda: None)
-    table.drop(x)
+    table.references.drop(x)
     assert not table.entries
     out.arrive()
-    assert table.memory_in_use == 0
+    assert table.memory.in_use == 0
 
 
 def test_a_fetch_that_waited_for_room_while_its_object_was_freed_does_not_start(table, out):
     x, filler = name(ME, 1), name(ME, 2)
-    table.create(filler)
+    table.references.create(filler)
     table.set_here(filler, write(table, filler, SIZE), [])
-    table.create(x)
+    table.references.create(x)
     table.set_away(x, FAR, 1024, [])
     table.when_local(x, lambda: None)
-    table.drop(x)
-    table.drop(filler)
+    table.references.drop(x)
+    table.references.drop(filler)
     assert not out.receiving
-    assert table.memory_in_use == 0
+    assert table.memory.in_use == 0
 
 
 def test_ranks_of_one_host_map_instead_of_transferring(table, out):
     x = name(NEIGHBOUR, 1)
     told = []
-    table.add_guest(x, 1024, [FAR, NEIGHBOUR])
+    need(table, x, [FAR, NEIGHBOUR])
     table.when_local(x, lambda: told.append(1))
     assert out.take() == [(NEIGHBOUR, m.MapObject(x))]
-    table.on_mapped(m.ObjectMapped(x, 512, 1024), NEIGHBOUR)
+    table.transfers.on_mapped(m.ObjectMapped(x, 512, 1024), NEIGHBOUR)
     assert told == [1]
     assert out.take() == [(NEIGHBOUR, m.CopyAdded(x, mapped=True))]
     assert table.entries[x].state == MAPPED
-    table.drop_guest(x)
+    table.references.drop_guest(x)
     table.on_free(x)
     assert out.take() == [(NEIGHBOUR, m.UnmapObject(x))]
     assert not table.entries
@@ -680,54 +688,54 @@ def test_ranks_of_one_host_map_instead_of_transferring(table, out):
 
 def test_where_mapping_fails_the_object_is_fetched_from_elsewhere(table, out):
     x = name(FAR, 1)
-    table.add_guest(x, 1024, [FAR, NEIGHBOUR])
+    need(table, x, [FAR, NEIGHBOUR])
     table.when_local(x, lambda: None)
     out.take()
-    table.on_map_failed(x, NEIGHBOUR)
+    table.transfers.on_map_failed(x, NEIGHBOUR)
     assert [(rank, type(message)) for rank, message in out.take()] == [(FAR, m.Pull)]
 
 
 def test_a_mapping_that_comes_too_late_is_given_back(table, out):
-    table.on_mapped(m.ObjectMapped(name(NEIGHBOUR, 1), 512, 1024), NEIGHBOUR)
+    table.transfers.on_mapped(m.ObjectMapped(name(NEIGHBOUR, 1), 512, 1024), NEIGHBOUR)
     assert out.take() == [(NEIGHBOUR, m.UnmapObject(name(NEIGHBOUR, 1)))]
 
 
 def test_what_a_neighbour_maps_stays_until_it_unmaps_it(table, out):
     x = name(ME, 1)
-    table.create(x)
+    table.references.create(x)
     block = write(table, x)
     table.set_here(x, block, [])
-    table.on_map(x, NEIGHBOUR)
+    table.transfers.on_map(x, NEIGHBOUR)
     assert out.take() == [(NEIGHBOUR, m.ObjectMapped(x, block.offset, 1024))]
-    table.on_copy_added(m.CopyAdded(x, mapped=True), NEIGHBOUR)
-    table.drop(x)
+    table.transfers.on_copy_added(m.CopyAdded(x, mapped=True), NEIGHBOUR)
+    table.references.drop(x)
     assert out.take() == [(NEIGHBOUR, m.Free([x]))]
-    assert table.memory_in_use == 1024
-    table.on_unmap(x, NEIGHBOUR)
-    assert table.memory_in_use == 0
+    assert table.memory.in_use == 1024
+    table.transfers.on_unmap(x, NEIGHBOUR)
+    assert table.memory.in_use == 0
 
 
 def test_what_is_not_here_can_be_neither_pulled_nor_mapped(table, out):
     x = name(ME, 1)
-    table.on_pull(m.Pull(x, 5), FAR)
-    table.on_map(x, NEIGHBOUR)
+    table.transfers.on_pull(m.Pull(x, 5), FAR)
+    table.transfers.on_map(x, NEIGHBOUR)
     assert out.take() == [(FAR, m.PullFailed(x, 5)), (NEIGHBOUR, m.PullFailed(x, 0))]
 
 
 def test_what_is_being_sent_stays_until_it_is_sent(table, out):
     x = name(ME, 1)
-    table.create(x)
+    table.references.create(x)
     table.set_here(x, write(table, x), [])
-    table.on_pull(m.Pull(x, 5), FAR)
-    table.drop(x)
-    assert table.memory_in_use == 1024
+    table.transfers.on_pull(m.Pull(x, 5), FAR)
+    table.references.drop(x)
+    assert table.memory.in_use == 1024
     ((_, _, _, done),) = out.serving
     done(None)
-    assert table.memory_in_use == 0
+    assert table.memory.in_use == 0
 
 
 def test_a_copy_that_is_reported_after_the_end_is_freed(table, out):
-    table.on_copy_added(m.CopyAdded(name(ME, 1), mapped=False), FAR)
+    table.transfers.on_copy_added(m.CopyAdded(name(ME, 1), mapped=False), FAR)
     assert out.take() == [(FAR, m.Free([name(ME, 1)]))]
 
 
@@ -746,10 +754,10 @@ def test_a_copy_that_is_looked_at_stays_and_makes_room_when_the_view_ends(table,
         fetch(table, out, name(FAR, number))
     block = table.entries[name(FAR, 0)].block
     assert block is not None
-    table.pin(block)
+    table.memory.pin(block)
     told = ask(table, SIZE)
     assert told == []
-    table.unpin(block)
+    table.memory.unpin(block)
     assert len(told) == 1
 
 
@@ -757,12 +765,12 @@ def test_a_creator_is_served_when_a_copy_loses_its_last_use(table, out):
     for number in range(3):
         fetch(table, out, name(FAR, number))
     x = name(FAR, 3)
-    table.add_guest(x, 1024, [FAR])
+    need(table, x, [FAR])
     table.when_local(x, lambda: None)
     out.arrive()
     told = ask(table, SIZE)
     assert told == []
-    table.drop_guest(x)
+    table.references.drop_guest(x)
     assert len(told) == 1
 
 
@@ -771,36 +779,36 @@ def test_creators_are_served_in_order_each_with_its_own_size(table, out):
         fetch(table, out, name(FAR, number))
     pinned = [table.entries[name(FAR, number)].block for number in range(4)]
     for block in pinned:
-        table.pin(block)
+        table.memory.pin(block)
     first, second, third = ask(table, 2048), ask(table, 1024), ask(table, 512)
     for block in pinned:
-        table.unpin(block)
+        table.memory.unpin(block)
     assert [block.size for (block,) in (first, second, third)] == [2048, 1024, 512]
-    assert table.memory_in_use == 2048 + 1024 + 512
+    assert table.memory.in_use == 2048 + 1024 + 512
 
 
 def test_a_small_request_waits_behind_a_large_one(table):
     x = name(ME, 1)
-    table.create(x)
+    table.references.create(x)
     table.set_here(x, write(table, x, 1024), [])
     large = ask(table, SIZE)
     small = ask(table, 64)
     assert small == []
-    table.drop(x)
+    table.references.drop(x)
     assert len(large) == 1
     assert small == []  # the large one has all of it
-    table.abandon(large[0])
+    table.memory.abandon(large[0])
     assert len(small) == 1
 
 
 def test_when_the_time_of_a_large_request_is_over_those_behind_it_are_served(table):
     x = name(ME, 1)
-    table.create(x)
+    table.references.create(x)
     table.set_here(x, write(table, x, 1024), [])
     large = ask(table, SIZE, deadline=5.0)
     small = ask(table, 64, deadline=50.0)
-    assert table.next_expiry == 5.0
-    table.expire(5.0)
+    assert table.memory.next_expiry == 5.0
+    table.memory.expire(5.0)
     assert large == [None]
     assert len(small) == 1
     assert small[0] is not None
@@ -808,4 +816,4 @@ def test_when_the_time_of_a_large_request_is_over_those_behind_it_are_served(tab
 
 def test_what_is_larger_than_the_arena_is_refused_at_once(table):
     assert ask(table, SIZE + 64) == [None]
-    assert "does not fit" in table.why_full(SIZE + 64)
+    assert "does not fit" in table.memory.why_full(SIZE + 64)
