@@ -125,8 +125,8 @@ class RayletCore:
         self.tasks = Tasks(self.table, self.pool, self)
         self.calls = Calls(self.table, self)
         self.hosted = HostedActors(self.pool, self)
-        self._loopback: list[tuple[bool, m.PeerMessage]] = []
-        """Messages of this rank to itself, with whether they are for the GCS; handled before the turn ends."""
+        self._loopback: list[m.PeerMessage] = []
+        """Messages of this rank to itself; handled before the turn ends."""
         self._reported: m.Load | None = None
         self.report_due: float | None = None
         """When a report that could wait has to be made: `end_turn` is to be called then."""
@@ -166,13 +166,14 @@ class RayletCore:
     def send(self, rank: int, message: m.PeerMessage) -> None:
         """To another raylet, or to this one itself at the end of the turn."""
         if rank == self.rank:
-            self._loopback.append((False, message))
+            self._loopback.append(message)
         else:
             self._out.send(rank, message)
 
     def to_gcs(self, message: m.PeerMessage) -> None:
+        # The GCS of this process only changes its state now: what it has to say comes back by `deliver_here`.
         if self.gcs is not None:
-            self._loopback.append((True, message))
+            self.gcs.on_message(self.rank, message)
         else:
             self._out.send(0, message)
 
@@ -671,16 +672,12 @@ class RayletCore:
             if not self._loopback:
                 break
             messages, self._loopback = self._loopback, []
-            for is_for_gcs, message in messages:
-                if is_for_gcs:
-                    assert self.gcs is not None
-                    self.gcs.on_message(self.rank, message)
-                else:
-                    self.on_peer_message(self.rank, message)
+            for message in messages:
+                self.on_peer_message(self.rank, message)
 
     def deliver_here(self, message: m.PeerMessage) -> None:
         """The GCS of the same process speaks to this raylet: handled in this turn."""
-        self._loopback.append((False, message))
+        self._loopback.append(message)
 
     @property
     def gcs_wants_load(self) -> bool:
@@ -694,8 +691,10 @@ class RayletCore:
     def _report_load(self) -> None:
         if self.is_alone and not self.gcs_wants_load:
             return  # there is nobody whose tasks could be sent here
-        load = self._load()
         reported = self._reported
+        if not self._granted_classes and reported is not None and reported.available == self.ledger.free:
+            return  # as on a head that only has a driver
+        load = self._load()
         if load == reported:
             self.report_due = None
             return
