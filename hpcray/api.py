@@ -368,14 +368,16 @@ def wait(
     """
     if not isinstance(ray_waitables, list):
         raise TypeError(f"wait() expected a list of ObjectRefs, got a {type(ray_waitables)}")
-    for ref in ray_waitables:
-        if not isinstance(ref, ObjectRef):
-            raise TypeError(f"wait() expected a list of ObjectRefs, got a list containing {type(ref)}")
+    if set(map(type, ray_waitables)) - {ObjectRef}:
+        for ref in ray_waitables:
+            if not isinstance(ref, ObjectRef):
+                raise TypeError(f"wait() expected a list of ObjectRefs, got a list containing {type(ref)}")
     if timeout is not None and timeout < 0:
         raise ValueError(f"the timeout of wait() must be nonnegative, not {timeout}")
     if not ray_waitables:
         return [], []
-    if len(set(ray_waitables)) != len(ray_waitables):
+    identifiers = [ref._id for ref in ray_waitables]
+    if len(set(identifiers)) != len(identifiers):
         raise ValueError("wait() requires a list of unique ObjectRefs")
     if num_returns <= 0:
         raise ValueError(f"invalid number of objects to wait for: num_returns={num_returns}")
@@ -383,11 +385,15 @@ def wait(
         raise ValueError(
             f"num_returns={num_returns} cannot be greater than the number of objects, {len(ray_waitables)}"
         )
-    identifiers = [ref.binary() for ref in ray_waitables]
-    found = require_client().wait(identifiers, num_returns, timeout, fetch=fetch_local)
-    ready = [ref for ref in ray_waitables if ref.binary() in found][:num_returns]
-    chosen = set(ready)
-    return ready, [ref for ref in ray_waitables if ref not in chosen]
+    # Programs wait for thousands one by one, so nothing here may cost more than a list's copy.
+    ready: list[ObjectRef[Any]] = []
+    pending: list[ObjectRef[Any]] = []
+    passed = 0
+    for index in require_client().wait(identifiers, num_returns, timeout, fetch=fetch_local):
+        ready.append(ray_waitables[index])
+        pending += ray_waitables[passed:index]
+        passed = index + 1
+    return ready, pending + ray_waitables[passed:]
 
 
 def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:

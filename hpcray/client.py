@@ -114,6 +114,8 @@ class Client:
         self._poller.register(sock.fileno(), select.POLLIN)
         self._counter = 0
         self._counts: dict[bytes, int] = {}
+        self._born: deque[bytes] = deque()
+        """Unpickled references that are not counted yet. One goes in before its instance can go into `_dead`."""
         self._dead: deque[bytes] = deque()
         self._dead_views: deque[_Stored] = deque()
         self._pending: list[Any] = []
@@ -154,11 +156,13 @@ class Client:
         with self._lock:
             self._send_locked(message)
 
-    def _send_locked(self, message: Any | None) -> None:
+    def _send_locked(self, message: Any | None, *, only_views: bool = False) -> None:
         self.check_process()
         batch = self._pending
-        if self._dead or self._dead_views:
-            self._collect_released(batch)
+        if self._dead or (self._born and not only_views):
+            self._collect_references(batch)
+        if self._dead_views:
+            self._collect_views(batch)
         if message is not None:
             batch.append(message)
         if not batch:
@@ -169,17 +173,29 @@ class Client:
         except OSError as error:
             raise self._connection_lost() from error
 
-    def _collect_released(self, batch: list[Any]) -> None:
+    def _collect_references(self, batch: list[Any]) -> None:
+        counts, values = self._counts, self._values
+        dying = len(self._dead)  # those that have been born for certain, should others unpickle meanwhile
+        next_born, next_dead = self._born.popleft, self._dead.popleft
+        added: dict[bytes, None] = {}
+        for _ in range(len(self._born)):
+            identifier = next_born()
+            known = counts.get(identifier, 0)
+            counts[identifier] = known + 1
+            if not known:
+                added[identifier] = None
         released: list[bytes] = []
         unpinned: list[bytes] = []
-        counts, values = self._counts, self._values
-        while self._dead:
-            identifier = self._dead.popleft()
+        for _ in range(dying):
+            identifier = next_dead()
             left = counts[identifier] - 1
             if left:
                 counts[identifier] = left
                 continue
             del counts[identifier]
+            if identifier in added:
+                del added[identifier]  # the raylet has never heard of it
+                continue
             released.append(identifier)
             value = values.pop(identifier, None)
             if isinstance(value, _Stored) and value.views == 0:
@@ -189,17 +205,22 @@ class Client:
             self._large.discard(identifier)
             self._coming.discard(identifier)
             self._existing.discard(identifier)
+        # The order matters: what a released object holds has been added before.
+        for kind, identifiers in ((m.AddReferences, list(added)), (m.Unpin, unpinned), (m.Release, released)):
+            if identifiers:
+                batch.append(kind(identifiers))
+
+    def _collect_views(self, batch: list[Any]) -> None:
+        unpinned: list[bytes] = []
         while self._dead_views:
             stored = self._dead_views.popleft()
             stored.views -= 1
             if stored.views == 0:
                 unpinned.append(stored.id)
-                if values.get(stored.id) is stored:
-                    del values[stored.id]
+                if self._values.get(stored.id) is stored:
+                    del self._values[stored.id]
         if unpinned:
             batch.append(m.Unpin(unpinned))
-        if released:
-            batch.append(m.Release(released))
 
     def check_process(self) -> None:
         """Refuse to serve a process that was forked from this connection's.
@@ -215,16 +236,16 @@ class Client:
 
     def flush(self) -> None:
         """Send what was released since the last message."""
-        if self._dead or self._dead_views or self._pending:
+        if self._born or self._dead or self._dead_views or self._pending:
             with self._lock:
                 self._send_locked(None)
 
-    def _flush_soon(self) -> None:
+    def _flush_soon(self, *, only_views: bool = False) -> None:
         # Called from __del__ and finalizers, maybe in the middle of another send of this very thread: never waits.
         if self._lock.acquire(blocking=False):
             try:
                 with contextlib.suppress(Exception):
-                    self._send_locked(None)
+                    self._send_locked(None, only_views=only_views)
             finally:
                 self._lock.release()
 
@@ -234,29 +255,28 @@ class Client:
         if self._generation != _generation or self.is_closed:
             return
         self._dead.append(identifier)
-        if len(self._dead) >= RELEASES_KEPT or identifier in self._large:
+        # What was born and died between two messages is nobody's business: a list of references that was only looked at.
+        if len(self._dead) - len(self._born) >= RELEASES_KEPT or identifier in self._large:
             self._flush_soon()
 
     def adopt(self, identifier: bytes) -> ObjectRef[Any]:
         """The reference that was just unpickled here."""
-        self.count_up(identifier)
+        self._born.append(identifier)
         return counted(identifier, self)
 
     def count_up(self, identifier: bytes) -> None:
         """One more `ObjectRef` instance of an object that may not have been held here before."""
-        with self._lock:
-            known = self._counts.get(identifier, 0)
-            self._counts[identifier] = known + 1
-            if not known:
-                self._pending.append(m.AddReferences([identifier]))
+        self._born.append(identifier)
 
     def release_at_once(self, identifier: bytes) -> None:
         """Have the raylet told as soon as the last reference is gone, not along with the next message."""
         self._large.add(identifier)
 
     def keep_forever(self, identifier: bytes) -> None:
-        """The user pickled a reference: hpcray cannot see where it goes."""
+        """The user pickled a reference: hpcray cannot see where it goes. Blocks until the raylet holds it."""
         self.send(m.KeepForever([identifier]))
+        # What created the object may still lie in our socket when another process unpickles the reference and asks for it.
+        self.query("ping", None)
 
     def new_task_id(self) -> bytes:
         """The id of a new task or put; its home is this client's raylet."""
@@ -434,19 +454,25 @@ class Client:
     def _view_died(self, stored: _Stored) -> None:
         if self._generation == _generation and not self.is_closed:
             self._dead_views.append(stored)
-            self._flush_soon()
+            self._flush_soon(only_views=True)
 
-    def wait(self, identifiers: Sequence[bytes], num_returns: int, timeout: float | None, *, fetch: bool) -> set[bytes]:
-        """Block until `num_returns` of the objects exist (with `fetch`: are on this node); all that do."""
-        ready, values, watched, existing = self._ready, self._values, self._watched, self._existing
+    def wait(self, identifiers: Sequence[bytes], num_returns: int, timeout: float | None, *, fetch: bool) -> list[int]:
+        """Block until `num_returns` of the objects exist (with `fetch`: are on this node); where the first of them stand.
+
+        Returns:
+            Indices into `identifiers`, in order; at most `num_returns`.
+        """
+        ready, values, watched = self._ready, self._values, self._watched
+        existing: set[bytes] = set() if fetch else self._existing
         deadline = None if timeout is None else monotonic() + timeout
+        found: list[int] = []
 
         def enough() -> bool:
-            found = 0
-            for identifier in identifiers:
-                if identifier in values or identifier in ready or (not fetch and identifier in existing):
-                    found += 1
-                    if found >= num_returns:
+            found.clear()
+            for index, identifier in enumerate(identifiers):
+                if identifier in values or identifier in ready or identifier in existing:
+                    found.append(index)
+                    if len(found) == num_returns:
                         return True
             return False
 
@@ -456,20 +482,21 @@ class Client:
             try:
                 with self._lock:
                     self._fetching += fetch
-                    known = (watched, ready, values, self._coming)
-                    new = [i for i in identifiers if not any(i in some for some in known)]
+                    coming = self._coming
+                    new = [i for i in identifiers if not (i in watched or i in ready or i in values or i in coming)]
                     watched.update(new)
                     if new or not self.is_driver:
                         self._send_locked(m.Watch(new, fetch))
                 try:
                     if not self.wait_until(enough, deadline):
                         self._settle()
+                        enough()
                 finally:
                     with self._lock:
                         self._fetching -= fetch
             finally:
                 self._leave_blocking()
-        return {i for i in identifiers if i in values or i in ready or (not fetch and i in existing)}
+        return found
 
     def _settle(self) -> None:
         # A time-out of zero still deserves what the raylet has at hand: its answers precede the one to this ping.

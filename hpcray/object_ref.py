@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import functools
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hpcray.ids import OBJECT_ID_SIZE, task_of
@@ -101,6 +102,12 @@ def counted(identifier: bytes, client: Client) -> ObjectRef[Any]:
 
 
 def _rebuild(identifier: bytes) -> ObjectRef[Any]:
+    return _find_require_client()().adopt(identifier)
+
+
+@functools.cache
+def _find_require_client() -> Callable[[], Client]:
+    # It imports this module; and to import it for each of ten thousand references takes half of their time.
     from hpcray.client import require_client
 
-    return require_client().adopt(identifier)
+    return require_client
