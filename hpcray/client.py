@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hpcray import ids
+from hpcray import ids, payload
 from hpcray.exceptions import GetTimeoutError, RaySystemError
 from hpcray.object_ref import ObjectRef, counted
 from hpcray.protocol import messages as m
@@ -339,10 +339,7 @@ class Client:
         offset = self._reservations.pop(identifier)
         if isinstance(offset, bytes):
             raise load_error(offset)
-        arena = self._arenas[self.rank]
-        arena.warm(offset, value.size, write=True)
-        with arena.view(offset, value.size) as target:
-            value.write(target)
+        self._arenas[self.rank].write(offset, value.parts)
 
     def get(self, identifiers: Sequence[bytes], timeout: float | None) -> list[Any]:
         """The values of objects, in order; the first that is an error is raised.
@@ -350,8 +347,28 @@ class Client:
         Raises:
             GetTimeoutError: Not all came in time.
         """
-        self.fetch(identifiers, timeout)
-        return [self._load(identifier) for identifier in identifiers]
+        try:
+            self.fetch(identifiers, timeout)
+            return [self._load(identifier) for identifier in identifiers]
+        except BaseException:
+            self._let_go(identifiers)
+            raise
+
+    def _let_go(self, identifiers: Sequence[bytes]) -> None:
+        """After a failure: values that nobody looks at keep no memory, and what there was no room for is asked for anew."""
+        if self._blocked or self._futures:
+            return  # others of this process may be waiting for the same
+        with self._lock:
+            for identifier in identifiers:
+                value = self._values.get(identifier)
+                if isinstance(value, _Stored):
+                    if value.views == 0:
+                        del self._values[identifier]
+                        self._pending.append(m.Unpin([identifier]))
+                elif value is not None and value[0] == payload.SYSTEM_ERROR:
+                    if payload.describe_system_error(value)[0] == "ObjectStoreFullError":
+                        del self._values[identifier]
+        self._flush_soon()
 
     def fetch(self, identifiers: Sequence[bytes], timeout: float | None) -> None:
         """Block until the values of all these objects are at hand."""
@@ -448,7 +465,7 @@ class Client:
     def _load_view(self, stored: _Stored) -> Any:
         place = stored.place
         arena = self._arenas[place.rank]
-        arena.warm(place.offset, place.size, write=False)
+        arena.warm(place.offset, place.size)
         return deserialize(arena.pinned_view(place.offset, place.size, lambda: self._view_died(stored)))
 
     def _view_died(self, stored: _Stored) -> None:

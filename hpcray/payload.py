@@ -89,38 +89,23 @@ def _aligned(position: int, size: int) -> int:
     return -(-position // alignment) * alignment
 
 
-class Layout:
-    """Where pickle and buffers go in a payload of kind BUFFERS, and how large it is in all."""
-
-    __slots__ = ("buffers", "head", "offsets", "size")
-
-    def __init__(self, pickle: bytes, buffers: Sequence[memoryview]) -> None:
-        sizes = [buffer.nbytes for buffer in buffers]
-        self.head = _HEADER.pack(BUFFERS, len(sizes), len(pickle)) + struct.pack(f"<{len(sizes)}Q", *sizes) + pickle
-        self.buffers = buffers
-        self.offsets: list[int] = []
-        position = len(self.head)
-        for size in sizes:
-            position = _aligned(position, size)
-            self.offsets.append(position)
-            position += size
-        self.size = position
-
-    def to_bytes(self) -> bytes:
-        """The whole payload, copied."""
-        target = bytearray(self.size)
-        self.write(memoryview(target))
-        return bytes(target)
-
-    def write(self, target: memoryview) -> None:
-        """Copy the payload into writable memory of at least `size` bytes."""
-        target[: len(self.head)] = self.head
-        for offset, buffer in zip(self.offsets, self.buffers, strict=True):
-            target[offset : offset + buffer.nbytes] = buffer
+def join_buffers(pickle: bytes, buffers: Sequence[memoryview]) -> list[bytes | memoryview]:
+    """The parts of a payload of kind BUFFERS, to be laid end to end; the buffers are among them, uncopied."""
+    sizes = [buffer.nbytes for buffer in buffers]
+    head = _HEADER.pack(BUFFERS, len(sizes), len(pickle)) + struct.pack(f"<{len(sizes)}Q", *sizes) + pickle
+    parts: list[bytes | memoryview] = [head]
+    position = len(head)
+    for size, buffer in zip(sizes, buffers, strict=True):
+        start = _aligned(position, size)
+        if start > position:
+            parts.append(bytes(start - position))
+        parts.append(buffer)
+        position = start + size
+    return parts
 
 
 def split_buffers(payload: memoryview) -> tuple[memoryview, list[memoryview]]:
-    """The pickle and the buffers of a payload of kind BUFFERS, all as views of it."""
+    """Inverse of `join_buffers`: the pickle and the buffers, all as views of the payload."""
     _, count, pickle_size = _HEADER.unpack_from(payload)
     sizes = struct.unpack_from(f"<{count}Q", payload, _HEADER.size)
     position = _HEADER.size + 8 * count

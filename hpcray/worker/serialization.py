@@ -36,17 +36,19 @@ class _Context(threading.local):
 context = _Context()
 
 
+_PICKLE, _RAW = bytes([payload.PICKLE]), bytes([payload.RAW])
+
+
 class Serialized:
-    """A pickled value that still has to be copied into its payload."""
+    """A pickled value as the parts of its payload, which still have to be copied together."""
 
-    __slots__ = ("_data", "_layout", "references", "size")
+    __slots__ = ("parts", "references", "size")
 
-    def __init__(self, data: bytes | None, layout: payload.Layout | None, references: list[ObjectRef[Any]]) -> None:
-        self._data = data
-        self._layout = layout
+    def __init__(self, parts: list[bytes | memoryview], references: list[ObjectRef[Any]]) -> None:
+        self.parts = parts
         self.references = references
         """Those inside the value: alive until the raylet has been told of them."""
-        self.size = len(data) if data is not None else layout.size if layout is not None else 0
+        self.size = sum(map(len, parts))
 
     @property
     def nested(self) -> list[bytes]:
@@ -55,18 +57,7 @@ class Serialized:
 
     def to_bytes(self) -> bytes:
         """The payload as bytes."""
-        if self._data is not None:
-            return self._data
-        assert self._layout is not None
-        return self._layout.to_bytes()
-
-    def write(self, target: memoryview) -> None:
-        """Copy the payload into writable memory of `size` bytes."""
-        if self._data is not None:
-            target[: self.size] = self._data
-        else:
-            assert self._layout is not None
-            self._layout.write(target)
+        return b"".join(self.parts)
 
 
 def serialize(value: Any) -> Serialized:
@@ -76,14 +67,14 @@ def serialize(value: Any) -> Serialized:
         Exception: Whatever pickle and cloudpickle raise for it; `api` adds what the value was.
     """
     if value is None:
-        return Serialized(payload.NONE, None, [])
+        return Serialized([payload.NONE], [])
     if type(value) is bytes:
-        return Serialized(bytes([payload.RAW]) + value, None, [])
+        return Serialized([_RAW, value], [])
     buffers: list[pickle.PickleBuffer] = []
     data, references = pickle_value(value, buffers)
     if not buffers:
-        return Serialized(bytes([payload.PICKLE]) + data, None, references)
-    return Serialized(None, payload.Layout(data, [buffer.raw() for buffer in buffers]), references)
+        return Serialized([_PICKLE, data], references)
+    return Serialized(payload.join_buffers(data, [buffer.raw() for buffer in buffers]), references)
 
 
 def pickle_value(value: Any, buffers: list[pickle.PickleBuffer] | None = None) -> tuple[bytes, list[ObjectRef[Any]]]:

@@ -55,8 +55,12 @@ def copy_by_pwrite(arena: Arena, source: Bytes) -> None:
 
 
 def warm_and_copy(arena: Arena, source: Bytes) -> None:
-    arena.warm(CONTROL_PAGE, source.nbytes, write=True)
+    arena.warm(CONTROL_PAGE, source.nbytes)
     copy(arena, source)
+
+
+def write(arena: Arena, source: Bytes) -> None:
+    arena.write(CONTROL_PAGE, [source.data])
 
 
 def measure_copies(size: int, repeat: int) -> dict[str, dict[str, float]]:
@@ -76,15 +80,22 @@ def measure_copies(size: int, repeat: int) -> dict[str, dict[str, float]]:
             ("never touched", copy),
             ("never touched, warmed before", warm_and_copy),
             ("never touched, by pwrite", copy_by_pwrite),
+            ("never touched, by Arena.write", write),
         ):
             with new_arena(size, touched=False) as arena:
                 take(name, lambda arena=arena, action=action: action(arena, source))  # type: ignore[misc]
         with new_arena(size, touched=True) as arena:
-            for name, action in (("new mapping", copy), ("new mapping, warmed before", warm_and_copy)):
+            for name, action in (
+                ("new mapping", copy),
+                ("new mapping, warmed before", warm_and_copy),
+                ("new mapping, by Arena.write", write),
+            ):
                 peer = Arena.attach(os.dup(arena.fd), size=arena.size)
                 take(name, lambda peer=peer, action=action: action(peer, source))  # type: ignore[misc]
                 peer.close()
+            arena.warm(CONTROL_PAGE, size)
             take("warm mapping", lambda arena=arena: copy(arena, source))  # type: ignore[misc]
+            take("warm mapping, by Arena.write", lambda arena=arena: write(arena, source))  # type: ignore[misc]
             take("warm mapping, by slice assignment", lambda arena=arena: copy_by_slice(arena, source))  # type: ignore[misc]
     return {
         name: {"GB/s": round(size / taken / 1e9, 2), "of memcpy": round(best["memcpy"] / taken, 3)}

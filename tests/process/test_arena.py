@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import itertools
 import mmap
 import os
 import pickle
@@ -179,14 +180,15 @@ def test_ranges_outside_the_objects_are_errors(arena: Arena, offset: int, n: int
     with pytest.raises(ValueError, match="are not inside"):
         arena.pinned_view(offset, n, lambda: None)
     with pytest.raises(ValueError, match="are not inside"):
-        arena.warm(offset, n, write=True)
+        arena.warm(offset, n)
 
 
 def test_an_empty_range_is_a_range(arena: Arena) -> None:
     for offset in (CONTROL_PAGE, CONTROL_PAGE + arena.size):
         assert len(arena.view(offset, 0)) == 0
         assert len(arena.pinned_view(offset, 0, lambda: None)) == 0
-        arena.warm(offset, 0, write=True)
+        arena.warm(offset, 0)
+        arena.write(offset, [b"", b""])
 
 
 class Releases:
@@ -317,34 +319,57 @@ def test_a_view_outlives_close_and_takes_the_mapping_with_it() -> None:
     assert not traces_of_arenas()
 
 
-def test_warm_adds_pages_for_a_write_and_changes_no_byte(arena: Arena) -> None:
+def test_warm_adds_pages_and_changes_no_byte(arena: Arena) -> None:
+    if not populate_is_known():
+        pytest.skip("the kernel is older than 5.14")
     arena.view(CONTROL_PAGE + 70_000, 4)[:] = b"kept"
     before = os.fstat(arena.fd).st_blocks
-    arena.warm(CONTROL_PAGE + 65_000, 200_001, write=True)
-    if not populate_is_known():
-        pytest.skip("the kernel is older than 5.14")
+    arena.warm(CONTROL_PAGE + 65_000, 200_001)
     assert os.fstat(arena.fd).st_blocks * 512 >= before * 512 + 190_000
     assert bytes(arena.view(CONTROL_PAGE + 70_000, 4)) == b"kept"
-    arena.warm(CONTROL_PAGE, arena.size, write=False)
+    arena.warm(CONTROL_PAGE, arena.size)
     assert bytes(arena.view(CONTROL_PAGE + 70_000, 4)) == b"kept"
 
 
-@pytest.mark.parametrize("touched", [(), (0,), (100,), (255,), (0, 255)])
-def test_warm_adds_all_pages_whichever_were_touched(arena: Arena, touched: tuple[int, ...]) -> None:
-    if not populate_is_known():
-        pytest.skip("the kernel is older than 5.14")
+# Which pages are there decides how the bytes get in: by system calls where none is, else through the mapping.
+@pytest.mark.parametrize("touched", [(), (0,), (100,), (255,), (0, 255), tuple(range(256))])
+@pytest.mark.parametrize("cuts", [(), (1,), (0, 0, 70_001), tuple(range(64, 200_000, 64))], ids=len)
+def test_parts_are_written_end_to_end_and_nowhere_else(
+    arena: Arena, touched: tuple[int, ...], cuts: tuple[int, ...]
+) -> None:
     for page in touched:
-        arena.view(CONTROL_PAGE + page * 4096, 1)[:] = b"x"
-    arena.warm(CONTROL_PAGE, arena.size, write=True)
-    assert os.fstat(arena.fd).st_blocks * 512 >= arena.size
-    assert [page for page in range(256) if arena.map[CONTROL_PAGE + page * 4096]] == list(touched)
+        arena.view(CONTROL_PAGE + page * 4096, 4096)[:] = b"x" * 4096
+    before = bytes(arena.view(CONTROL_PAGE, arena.size))
+    data = np.random.default_rng(1).bytes(900_000)
+    edges = [0, *cuts, len(data)]
+    parts = [memoryview(data)[start:end] for start, end in itertools.pairwise(edges)]
+    start = 64
+    arena.write(CONTROL_PAGE + start, parts)
+    expected = before[:start] + data + before[start + len(data) :]
+    assert bytes(arena.view(CONTROL_PAGE, arena.size)) == expected
+    arena.write(CONTROL_PAGE + start, [b"again", memoryview(b"and again")])
+    assert bytes(arena.view(CONTROL_PAGE + start, 20)) == b"againand again" + data[14:20]
+
+
+def test_another_process_sees_what_was_written_without_the_mapping(arena: Arena) -> None:
+    peer = Peer(arena)
+    peer.evaluate("arena.write(4096 + 640, [b'by a call, ', memoryview(b'not by a fault')])")
+    assert bytes(arena.view(CONTROL_PAGE + 640, 25)) == b"by a call, not by a fault"
+    assert peer.end() == 0
+
+
+@pytest.mark.parametrize(("offset", "n"), [(0, 1), (CONTROL_PAGE + (1 << 20) - 10, 11)])
+def test_writing_outside_the_objects_is_an_error_and_writes_nothing(arena: Arena, offset: int, n: int) -> None:
+    with pytest.raises(ValueError, match="are not inside"):
+        arena.write(offset, [b"x" * n])
+    assert not any(arena.map[:])
+    assert os.fstat(arena.fd).st_size == CONTROL_PAGE + arena.size
 
 
 def test_warm_and_prefault_do_nothing_where_the_kernel_cannot(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpcray.store.arena._MADV_POPULATE_READ", 9999)
     monkeypatch.setattr("hpcray.store.arena._MADV_POPULATE_WRITE", 9999)
-    arena.warm(CONTROL_PAGE, arena.size, write=True)
-    arena.warm(CONTROL_PAGE, arena.size, write=False)
+    arena.warm(CONTROL_PAGE, arena.size)
     assert arena.prefault_step() == 0
     assert os.fstat(arena.fd).st_blocks == 0
 
@@ -358,7 +383,7 @@ def test_memory_that_the_kernel_refuses_is_an_error_not_a_signal() -> None:
     arena = Arena.attach(fd)
     os.ftruncate(fd, CONTROL_PAGE + (1 << 19))
     with pytest.raises(OSError) as caught:
-        arena.warm(CONTROL_PAGE, 1 << 20, write=True)
+        arena.warm(CONTROL_PAGE, 1 << 20)
     assert caught.value.errno == errno.EFAULT
     with pytest.raises(OSError):
         arena.prefault_step()
