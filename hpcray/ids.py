@@ -64,6 +64,16 @@ def task_of(identifier: bytes) -> TaskId:
     return TaskId(identifier[:TASK_ID_SIZE])
 
 
+def client_of(identifier: bytes) -> int:
+    """The number of the client that made this id, at its home."""
+    return int.from_bytes(identifier[2 + NONCE_SIZE : PREFIX_SIZE], "big")
+
+
+def index_of(identifier: bytes) -> int:
+    """Which of its task's returns the object is, from 1; 0 for a put or an actor's handle."""
+    return int.from_bytes(identifier[TASK_ID_SIZE:], "big")
+
+
 def shown_actor(actor: bytes) -> bytes:
     """The id of an actor as users see it: as long as Ray's, and unique in its job."""
     return actor[:2] + actor[10:14] + actor[-10:]

@@ -69,6 +69,14 @@ class Allocator:
         """Bytes of the largest free block; to a large request, alignment may leave up to a page less."""
         return self._by_size[-1][0] if self._by_size else 0
 
+    def size_of(self, offset: int) -> int:
+        """Bytes of the block that `allocate` returned as `offset`, as rounded up.
+
+        Raises:
+            KeyError: No block is allocated there.
+        """
+        return self._live[offset]
+
     def allocate(self, n: int) -> int | None:
         """Take `n` bytes and return their offset, a multiple of `LINE`, from `LARGE` bytes up of `PAGE`.
 

@@ -161,8 +161,9 @@ def measure_fragmentation(rounds: int, seed: int) -> dict[str, float]:
     choose = random.Random(seed)
     size = 16 << 30
     allocator = Allocator(CONTROL_PAGE, size)
-    offsets: list[int] = []
+    offsets: list[tuple[int, int]] = []
     full: list[float] = []
+    in_one_piece: list[float] = []
     asked = 0
     for _ in range(rounds):
         n = int(100 * 1024 * 640 ** choose.random())  # 100 KiB to 64 MiB, all magnitudes alike
@@ -171,16 +172,19 @@ def measure_fragmentation(rounds: int, seed: int) -> dict[str, float]:
         while (offset := allocator.allocate(n)) is None:
             if not failed:
                 full.append(allocator.used / size)
+                in_one_piece.append(allocator.largest_free / allocator.available)
             failed = True
             index = choose.randrange(len(offsets))
             offsets[index], offsets[-1] = offsets[-1], offsets[index]
-            allocator.free(offsets.pop())
-        offsets.append(offset)
+            allocator.free(offsets.pop()[0])
+        offsets.append((offset, n))
     allocator.check()
-    late = full[len(full) // 2 :]
+    late, late_in_one_piece = full[len(full) // 2 :], in_one_piece[len(full) // 2 :]
     return {
         "used when a request fails, mean": round(statistics.mean(late), 3),
         "used when a request fails, least": round(min(late), 3),
+        "largest free block, of all free bytes, then": round(statistics.mean(late_in_one_piece), 3),
+        "lost to rounding, of used bytes": round(1 - sum(n for _, n in offsets) / allocator.used, 5),
         "free blocks": len(allocator._by_size),
         "live blocks": len(offsets),
         "bytes asked for, of the arena": round(asked / size, 1),

@@ -50,6 +50,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         if offset is None:
             return -1
         self.live[offset] = rounded
+        assert self.allocator.size_of(offset) == rounded
         return offset
 
     @rule(offset=consumes(offsets))
@@ -65,6 +66,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         if offset not in self.live:
             with pytest.raises(ValueError, match="no block"):
                 self.allocator.free(offset)
+            with pytest.raises(KeyError):
+                self.allocator.size_of(offset)
 
     @invariant()
     def sums_agree_and_free_blocks_are_coalesced(self) -> None:
