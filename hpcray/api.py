@@ -105,7 +105,7 @@ def init(
 
     Raises:
         RuntimeError: There is a connection already, or an argument is unknown.
-        ValueError: An amount is negative or an address is none.
+        ValueError: An amount is negative, the object store larger than the memory, or an address is none.
         ConnectionError: No running job was found to attach to.
     """
     if unknown := sorted(set(ray_only) - _IGNORED_BY_INIT):

@@ -15,6 +15,7 @@ from hpcray.launcher import attach
 from hpcray.launcher.environment import DRIVER_SOCKET, parse_driver_socket, scrub
 from hpcray.launcher.options import JobOptions
 from hpcray.launcher.roles import detect_launch
+from hpcray.raylet.detect import detect_memory, share_memory
 
 END_TIMEOUT = 20.0
 """Seconds that `shutdown()` waits for the processes of a job that `init()` started."""
@@ -64,7 +65,7 @@ def connect(wish: Wish) -> Connection:
 
     Raises:
         ConnectionError: No job to attach to.
-        ValueError: A bad address.
+        ValueError: A bad address, or an object store larger than the memory.
         LaunchError: The job cannot start as it was launched.
     """
     if wish.address not in (None, "local"):
@@ -123,6 +124,8 @@ def silence_interrupts() -> None:
 
 
 def _start_local(wish: Wish) -> Connection:
+    if wish.object_store_memory is not None:  # said here, where it was asked for, as well as by the job that would not start
+        share_memory([detect_memory(os.environ).usable], [wish.object_store_memory], 0.0)
     ours, theirs = socket.socketpair()
     options = wish.as_options()
     arguments = {

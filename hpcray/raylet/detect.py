@@ -16,6 +16,7 @@ from typing import TypeVar
 from hpcray.raylet.cgroup import CgroupLimits, parse_cpu_list, read_limits
 
 _MIB = 2**20
+_PAGE = 4096
 _Item = TypeVar("_Item", bound=Hashable)
 
 
@@ -69,6 +70,14 @@ class MemoryReport:
     def usable(self) -> int:
         """Bytes that the job may use on this host, all its ranks together."""
         return min(limit for limit in (self.host, self.cgroup, self.slurm) if limit is not None)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank: all that it may use, and the part that is its object store."""
+
+    total: int
+    store: int
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,28 @@ def share(ranks: Sequence[RankMask]) -> list[int]:
     return [max(1, len(cpus)) for cpus in dealt]
 
 
+def share_memory(usable: Sequence[int], stores: Sequence[int | None], part: float) -> list[RankMemory]:
+    """Memory of each rank of a host.
+
+    Args:
+        usable: Bytes that the job may use on this host, as each rank sees it; the least counts.
+        stores: Bytes that each rank's object store was asked to have; None: `part` of its memory.
+        part: Between 0 and 1.
+
+    Raises:
+        ValueError: The stores that were asked for are larger than the memory; the text has the sizes.
+    """
+    together = min(usable)
+    each = together // len(usable)
+    sizes = [int(each * part) if store is None else store for store in stores]
+    if sum(sizes) > together:
+        raise ValueError(
+            f"object stores of {sum(sizes):,} bytes in {len(sizes)} ranks are more than the {together:,} bytes of memory that "
+            "the job may use on their host: ask for less (--object-store-memory, for each rank), or get more memory"
+        )
+    return [RankMemory(max(each, size), size - size % _PAGE) for size in sizes]
+
+
 def share_gpus(ranks: Sequence[Sequence[str]]) -> list[list[str]]:
     """Which of the GPUs (by UUID) that each of a host's ranks sees it offers: evenly, none twice."""
     return _deal(ranks, [len(gpus) for gpus in ranks], sum(map(len, ranks)))
@@ -238,8 +269,13 @@ def _slurm_cpus_on_host(env: Mapping[str, str]) -> int | None:
 def _slurm_memory(env: Mapping[str, str]) -> int | None:
     if per_host := _number(env, "SLURM_MEM_PER_NODE"):  # MiB; 0 means all there is
         return per_host * _MIB
-    per_cpu, cpus = _number(env, "SLURM_MEM_PER_CPU"), _slurm_cpus_on_host(env)
-    return per_cpu * cpus * _MIB if per_cpu and cpus else None
+    for per_one, ones in (
+        (_number(env, "SLURM_MEM_PER_CPU"), _slurm_cpus_on_host(env)),
+        (_number(env, "SLURM_MEM_PER_GPU"), _number(env, "SLURM_GPUS_ON_NODE")),
+    ):
+        if per_one and ones:
+            return per_one * ones * _MIB
+    return None
 
 
 def _under_mpirun(env: Mapping[str, str]) -> bool:

@@ -150,6 +150,7 @@ def test_address_auto_without_a_running_job_is_a_connection_error(own_init):
         ({"resources": 3}, TypeError, "."),
         ({"object_store_memory": 1}, ValueError, "1 "),
         ({"object_store_memory": -1}, ValueError, "-1"),
+        ({"object_store_memory": 10**15}, ValueError, "memory"),
         ({"namespace": ""}, ValueError, "namespace"),
         ({"namespace": 3}, TypeError, "namespace"),
         ({"address": "no such address"}, ValueError, "no such address"),

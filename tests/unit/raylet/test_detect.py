@@ -10,11 +10,13 @@ from hpcray.raylet.detect import (
     Gpu,
     MemoryReport,
     RankMask,
+    RankMemory,
     detect_cpus,
     detect_gpus,
     detect_memory,
     share,
     share_gpus,
+    share_memory,
     visible_gpus,
 )
 
@@ -77,6 +79,10 @@ def test_under_mpirun_the_jobs_list_counts_and_not_the_daemons_step(root, per_no
         ({"SLURM_MEM_PER_NODE": "0"}, None, 16 * 2**30),
         ({"SLURM_MEM_PER_CPU": "512", "SLURM_CPUS_ON_NODE": "4"}, None, 2 * 2**30),
         ({"SLURM_MEM_PER_CPU": "512"}, None, 16 * 2**30),
+        ({"SLURM_MEM_PER_GPU": "1024", "SLURM_GPUS_ON_NODE": "2"}, None, 2 * 2**30),
+        ({"SLURM_MEM_PER_GPU": "1024"}, None, 16 * 2**30),
+        ({"SLURM_MEM_PER_NODE": "2048"}, 2**30, 2**30),
+        ({"SLURM_MEM_PER_NODE": "1024"}, 2**31, 2**30),
     ],
 )
 def test_memory_is_the_least_that_anyone_says(root, env, cgroup, usable):
@@ -84,6 +90,70 @@ def test_memory_is_the_least_that_anyone_says(root, env, cgroup, usable):
     assert report.usable == usable
     assert report.host == 16 * 2**30
     assert report == MemoryReport(report.host, cgroup, report.slurm)
+
+
+@pytest.mark.parametrize(
+    ("limits", "job", "usable"),
+    [
+        # Version 2: a step of Slurm's under a job with a limit.
+        (
+            {
+                "proc/self/cgroup": "0::/job_7/step_0\n",
+                "proc/self/mountinfo": "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+                "sys/fs/cgroup/job_7/step_0/memory.max": "max\n",
+                "sys/fs/cgroup/job_7/memory.max": f"{3 * 2**30}\n",
+            },
+            {"SLURM_MEM_PER_NODE": "4096"},
+            3 * 2**30,
+        ),
+        # Version 1.
+        (
+            {
+                "proc/self/cgroup": "4:memory:/job\n",
+                "proc/self/mountinfo": "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n",
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": f"{5 * 2**30}\n",
+            },
+            {"SLURM_MEM_PER_CPU": "1024", "SLURM_CPUS_ON_NODE": "8"},
+            5 * 2**30,
+        ),
+        ({}, {"SLURM_MEM_PER_NODE": "6144"}, 6 * 2**30),
+    ],
+    ids=["cgroup v2", "cgroup v1", "Slurm"],
+)
+def test_the_memory_of_a_job_is_read_where_its_host_keeps_it(root, limits, job, usable):
+    for name, text in limits.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    assert detect_memory(job, root).usable == usable
+
+
+def test_a_hosts_memory_is_shared_by_its_ranks_and_a_part_of_it_is_the_store():
+    assert share_memory([10 * 2**30], [None], 0.3) == [RankMemory(10 * 2**30, 3 * 2**30)]
+    assert (
+        share_memory([8 * 2**30, 10 * 2**30, 8 * 2**30, 9 * 2**30], [None] * 4, 0.5) == [RankMemory(2**31, 2**30)] * 4
+    )
+
+
+def test_a_store_that_was_asked_for_is_as_large_as_that_in_whole_pages():
+    assert share_memory([2**34, 2**34], [10**9, None], 0.25) == [
+        RankMemory(2**33, 10**9 - 10**9 % 4096),
+        RankMemory(2**33, 2**31),
+    ]
+    assert share_memory([1000 * 4096] * 2, [900 * 4096, 100 * 4096], 0.3)[0] == RankMemory(900 * 4096, 900 * 4096)
+
+
+def test_stores_larger_than_the_memory_are_refused_with_the_sizes():
+    with pytest.raises(
+        ValueError, match=r"stores of 2,400,000,000 bytes in 2 ranks are more than the 2,000,000,000 bytes"
+    ):
+        share_memory([2 * 10**9, 3 * 10**9], [12 * 10**8] * 2, 0.3)
+
+
+@given(st.lists(st.integers(2**24, 2**45), min_size=1, max_size=8), st.floats(0.01, 1.0))
+def test_shares_never_exceed_what_there_is(usable, part):
+    dealt = share_memory(usable, [None] * len(usable), part)
+    assert sum(rank.total for rank in dealt) <= min(usable)
+    assert all(0 <= rank.store <= rank.total and rank.store % 4096 == 0 for rank in dealt)
 
 
 def test_without_a_driver_there_are_no_gpus_and_a_reason(root):
