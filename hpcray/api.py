@@ -404,7 +404,7 @@ def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
     """
     if not isinstance(actor, ActorHandle):
         raise ValueError(f"kill() ends actors, not {type(actor)}: give it what .remote() of an actor class returned")
-    require_client().send(m.Kill(actor._actor, no_restart))
+    require_client().kill(actor._actor, no_restart=no_restart)
 
 
 def get_actor(name: str, namespace: str | None = None) -> ActorHandle:

@@ -27,6 +27,7 @@ import msgspec
 
 from hpcray import ids, payload
 from hpcray.exceptions import GetTimeoutError, RaySystemError
+from hpcray.lanes import IDLE_SECONDS, CallerLanes, ServedLane
 from hpcray.object_ref import ObjectRef, counted
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import LENGTH_SIZE, decode_from_raylet, split_stream, stream_frame
@@ -111,7 +112,20 @@ class Client:
         self._received = memoryview(bytearray(RECEIVE_SIZE))
         self._descriptors: deque[int] = deque()
         self._poller = select.poll()
+        """Of the thread that reads for all."""
         self._poller.register(sock.fileno(), select.POLLIN)
+        self._watcher = select.epoll()
+        """Of the reader thread."""
+        self._watcher.register(sock.fileno(), select.EPOLLIN)
+        self._lanes = CallerLanes(_LanesOut(self))
+        self._served: dict[int, ServedLane] = {}
+        """In workers: lanes, by descriptor."""
+        self._on_lane: dict[bytes, ServedLane] = {}
+        """In workers: calls that came on lanes and were not answered yet."""
+        self._has_lanes = self._has_new_lane = False
+        self._pings: dict[int, Callable[[], None]] = {}
+        self._arrived: list[bytes] = []
+        """Returns that came on lanes, and whose futures were not completed yet."""
         self._counter = 0
         self._counts: dict[bytes, int] = {}
         self._born: deque[bytes] = deque()
@@ -143,6 +157,8 @@ class Client:
             m.Answer: self._on_answer, m.Define: self._on_define, m.DefineTemplate: self._on_define_template,
             m.Registered: self._on_registered, m.Refused: self._on_refused, m.MapArena: self._on_map_arena,
             m.LogLines: lambda lines: self.on_log(lines), m.Exit: self._on_exit, m.Exists: self._on_exists,
+            m.LaneOpened: self._on_lane_opened, m.LaneClosed: self._on_lane_closed, m.LaneWanted: self._on_lane_wanted,
+            m.ServeLane: self._on_serve_lane,
         }  # fmt: skip
 
     # -------------------------------------------------------------------------------------------------------- sending
@@ -167,6 +183,8 @@ class Client:
             batch.append(message)
         if not batch:
             return
+        if self._lanes.unregistered:
+            self._lanes.register(batch)
         self._pending = []
         try:
             self._sock.sendall(stream_frame(batch))
@@ -196,7 +214,8 @@ class Client:
             if identifier in added:
                 del added[identifier]  # the raylet has never heard of it
                 continue
-            released.append(identifier)
+            if not (self.is_driver and self._lanes.on_dropped(identifier)):
+                released.append(identifier)
             value = values.pop(identifier, None)
             if isinstance(value, _Stored) and value.views == 0:
                 unpinned.append(identifier)
@@ -292,24 +311,35 @@ class Client:
                 counts[identifier] = 1
             if self.is_driver and not isinstance(message, m.CreateActor):
                 self._coming.update(returns)
-            self._send_locked(message)
+                if not self._lanes.take(message, returns):
+                    self._send_locked(message)
+            else:
+                self._send_locked(message)
         return [counted(identifier, self) for identifier in returns]
+
+    def kill(self, actor: bytes, *, no_restart: bool) -> None:
+        """End an actor; later calls of this process find it ended."""
+        with self._lock:
+            self._lanes.on_kill(actor)
+            self._send_locked(m.Kill(actor, no_restart))
 
     # ---------------------------------------------------------------------------------------------------- definitions
     def define(self, identifier: bytes, blob: bytes) -> None:
         """Make a function, class or job configuration known; sent once per process."""
-        if identifier not in self._defined:
-            self._defined.add(identifier)
-            if not self.is_driver:
-                self.blobs[identifier] = blob  # the raylet will not send back what came from here
-            self.send(m.Define(identifier, blob))
+        with self._lock:  # another thread that finds it defined may name it at once
+            if identifier not in self._defined:
+                self._defined.add(identifier)
+                if not self.is_driver:
+                    self.blobs[identifier] = blob  # the raylet will not send back what came from here
+                self._send_locked(m.Define(identifier, blob))
 
     def define_template(self, identifier: bytes, template: m.Template) -> None:
         """Make a template known; what it names was defined before."""
-        if identifier not in self._defined:
-            self._defined.add(identifier)
-            self.templates[identifier] = template
-            self.send(m.DefineTemplate(identifier, template))
+        with self._lock:
+            if identifier not in self._defined:
+                self._defined.add(identifier)
+                self.templates[identifier] = template
+                self._send_locked(m.DefineTemplate(identifier, template))
 
     # -------------------------------------------------------------------------------------------------------- objects
     def put(self, value: Serialized) -> ObjectRef[Any]:
@@ -608,8 +638,14 @@ class Client:
                 self._followers -= 1
 
     def _pump(self, seconds: float | None) -> None:
+        if self._has_lanes:
+            self._pump_all(seconds)
+            return
         if seconds is not None and not self._poller.poll(max(0.0, seconds) * 1000):
             return
+        self._receive()
+
+    def _receive(self) -> None:
         try:
             size, ancillary, _, _ = self._sock.recvmsg_into((self._received,), ANCILLARY_SIZE)
         except OSError as error:
@@ -626,6 +662,20 @@ class Client:
         buffer += data
         for frame in split_stream(buffer):
             self._dispatch(frame)
+
+    def _pump_all(self, seconds: float | None) -> None:
+        raylet = False
+        for descriptor, _ in self._poller.poll(None if seconds is None else max(0.0, seconds) * 1000):
+            if descriptor == self._sock.fileno():
+                raylet = True
+            elif self.is_driver:
+                with self._lock:
+                    self._lanes.read(descriptor)
+            else:
+                self._read_served(descriptor)
+        self._complete_arrived()
+        if raylet:
+            self._receive()
 
     def _take_descriptors(self, ancillary: list[tuple[int, int, bytes]]) -> None:
         for _, kind, data in ancillary:
@@ -646,11 +696,9 @@ class Client:
             self._reader.start()
 
     def _read_in_background(self) -> None:
-        poller = select.poll()
-        poller.register(self._sock.fileno(), select.POLLIN)
         try:
             while not self.is_closed:
-                poller.poll()
+                self._watcher.poll()
                 if self._busy:
                     # Whoever waits reads for itself; looking again at once would cost it the interpreter's lock.
                     threading.Event().wait(READER_PAUSE)
@@ -683,6 +731,9 @@ class Client:
         if message.id in self._counts:
             self._values[message.id] = message.data
         self._coming.discard(message.id)
+        if self.is_driver:
+            with self._lock:
+                self._lanes.on_answered(message.id)
         if self._futures:
             self._complete_futures(message.id)
 
@@ -701,6 +752,8 @@ class Client:
             self._coming.difference_update(message.ids)
             self._existing.update(message.ids)
             self._large.update(message.ids)
+            for identifier in message.ids:
+                self._lanes.on_answered(identifier)
             if wanted := [identifier for identifier in message.ids if identifier in self._getting]:
                 self._send_locked(m.Get(wanted, blocks=False))
             if self._fetching:
@@ -718,6 +771,11 @@ class Client:
         self._reservations[message.id] = message.error
 
     def _on_answer(self, message: m.Answer) -> None:
+        then = self._pings.pop(message.number, None)
+        if then is not None:
+            with self._lock:
+                then()
+            return
         self._answers[message.number] = message
 
     def _on_define(self, message: m.Define) -> None:
@@ -742,6 +800,90 @@ class Client:
     def _on_map_arena(self, message: m.MapArena) -> None:
         self._arenas[message.rank] = Arena.attach(self._descriptors.popleft())
 
+    # ---------------------------------------------------------------------------------------------------------- lanes
+    def _on_lane_opened(self, message: m.LaneOpened) -> None:
+        with self._lock:
+            self._lanes.on_opened(message.lane, self._descriptors.popleft())
+
+    def _on_lane_closed(self, message: m.LaneClosed) -> None:
+        with self._lock:
+            self._lanes.on_closed(message.lane, message.error)
+        self._complete_arrived()
+
+    def _on_lane_wanted(self, message: m.LaneWanted) -> None:
+        with self._lock:
+            self._lanes.on_wanted(message.lane)
+
+    def _complete_arrived(self) -> None:
+        if self._arrived:
+            arrived, self._arrived = self._arrived, []
+            for identifier in arrived:
+                self._complete_futures(identifier)
+
+    def _on_serve_lane(self, message: m.ServeLane) -> None:
+        descriptor = self._descriptors.popleft()
+        self._served[descriptor] = ServedLane(message, descriptor)
+        self._has_new_lane = True
+        self.watch(descriptor)
+
+    def _read_served(self, descriptor: int) -> None:
+        lane = self._served[descriptor]
+        runs = lane.read()
+        if runs is None:
+            self.unwatch(descriptor)
+            del self._served[descriptor]
+            lane.sock.close()
+            return
+        for run in runs:
+            self._on_lane[run.task] = lane
+            self.inbox.append(run)
+
+    def watch(self, descriptor: int) -> None:
+        """Read a lane from now on."""
+        self._poller.register(descriptor, select.POLLIN)
+        self._watcher.register(descriptor, select.EPOLLIN)
+        self._has_lanes = True
+
+    def unwatch(self, descriptor: int) -> None:
+        """Not any more."""
+        self._poller.unregister(descriptor)
+        self._watcher.unregister(descriptor)
+
+    def wait_for_work(self) -> None:
+        """In workers: block until there is something to run, or to exit for."""
+        inbox = self.inbox
+        while not (inbox or self.exit_asked):
+            self._has_new_lane = False
+            is_idle = not all(lane.is_offered for lane in self._served.values())
+            deadline = monotonic() + IDLE_SECONDS if is_idle else None
+            if not self.wait_until(lambda: bool(inbox) or self.exit_asked or self._has_new_lane, deadline):
+                for lane in self._served.values():
+                    lane.offer(self)
+
+    def look_at_lanes(self) -> None:
+        """In workers: put calls that came on lanes ahead of what else there is to run."""
+        inbox = self.inbox
+        if not self._served or (inbox and self.is_from_lane(inbox[0])):
+            return
+        others = list(inbox)
+        inbox.clear()
+        for descriptor, _ in self._poller.poll(0):
+            if descriptor in self._served:
+                self._read_served(descriptor)
+        inbox.extend(others)
+
+    def is_from_lane(self, work: m.Run) -> bool:
+        """In workers: whether a driver sent this itself."""
+        return work.task in self._on_lane
+
+    def finish(self, done: m.TaskDone) -> None:
+        """In workers: answer whoever asked for this."""
+        lane = self._on_lane.pop(done.task, None)
+        if lane is None:
+            self.send(done)
+        else:
+            lane.finish(self, done)
+
     def _on_exit(self, message: m.Exit) -> None:
         self.exit_asked = True
 
@@ -758,9 +900,45 @@ class Client:
             self._sock.shutdown(socket.SHUT_RDWR)
         if self._reader is not None and self._reader is not threading.current_thread():
             self._reader.join(timeout=5)
+        self._lanes.close()
+        self._watcher.close()
         self._sock.close()
         for arena in self._arenas.values():
             arena.close()
+
+
+class _LanesOut:
+    """What the lanes of a driver do to its client, whose lock they hold."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.watch = client.watch
+        self.unwatch = client.unwatch
+
+    def later(self, message: Any) -> None:
+        self._client._pending.append(message)
+
+    def flush(self) -> None:
+        self._client._send_locked(None)
+
+    def arrived(self, identifier: bytes, data: bytes) -> None:
+        client = self._client
+        if identifier in client._counts:
+            client._values[identifier] = data
+        client._coming.discard(identifier)
+        if client._futures:
+            client._arrived.append(identifier)
+
+    def value_of(self, identifier: bytes) -> bytes:
+        value = self._client._values[identifier]
+        assert isinstance(value, bytes)
+        return value
+
+    def ping(self, then: Callable[[], None]) -> None:
+        client = self._client
+        client._counter += 1
+        client._pings[client._counter] = then
+        client._send_locked(m.Query(client._counter, "ping", b""))
 
 
 _current: Client | None = None

@@ -144,6 +144,8 @@ class Submit(Message, tag=5):
     arguments: bytes
     dependencies: list[bytes]
     nested: list[bytes]
+    lane: int = 0
+    """It runs already, on this lane: only to be remembered. Likewise in `Call`."""
 
 
 class CreateActor(Message, tag=6):
@@ -169,6 +171,7 @@ class Call(Message, tag=7):
     dependencies: list[bytes]
     nested: list[bytes]
     num_returns: int
+    lane: int = 0
 
 
 class Get(Message, tag=8):
@@ -277,6 +280,36 @@ class Query(Message, tag=23):
     arguments: bytes
 
 
+class OpenLane(Message, tag=24):
+    """A driver waits for each of its calls of this template or actor: may it speak to the worker itself? Answered by
+    `LaneOpened` or `LaneClosed`."""
+
+    lane: int
+    template: bytes
+    actor: bytes
+
+
+class CloseLane(Message, tag=25):
+    """The driver will not use the lane any more, and has no call under way on it."""
+
+    lane: int
+
+
+class LaneDone(Message, tag=26):
+    """What a call that the raylet was told of has returned on its lane; small, and without references inside."""
+
+    task: bytes
+    data: bytes
+
+
+class LaneIdle(Message, tag=27):
+    """A worker has served this lane long enough, or waited too long for a call on it. No answer but the lane's end."""
+
+    home: int
+    client: int
+    lane: int
+
+
 # -------------------------------------------------------------------------------------------------------- raylet → client
 class Registered(Message, tag=40):
     """First message to every client; the arena's descriptor comes with it."""
@@ -380,6 +413,42 @@ class Exists(Message, tag=53):
     """These returns of the driver's tasks exist and are large; small ones come unasked as `InlineObject`."""
 
     ids: list[bytes]
+
+
+class LaneOpened(Message, tag=54):
+    """To a driver: here is the socket to the worker, on which `Run` is answered by `LaneReply`."""
+
+    lane: int
+
+
+class LaneClosed(Message, tag=55):
+    """To a driver: there is no such lane, or its worker died and this is the error's payload. Answered by `CloseLane`."""
+
+    lane: int
+    error: bytes | None
+
+
+class LaneWanted(Message, tag=56):
+    """To a driver: others wait for what the lane's worker holds. Answered by `CloseLane` when no call is under way."""
+
+    lane: int
+
+
+class ServeLane(Message, tag=57):
+    """To a worker: here is the socket of a driver that will send it calls itself. `is_leased`: of one class of tasks."""
+
+    home: int
+    client: int
+    lane: int
+    is_leased: bool
+
+
+class LaneReply(Message, tag=58):
+    """Worker → driver on a lane: the payload of the call's result; None: it has to go by the raylets. The driver returns
+    that None when its raylet knows of the call."""
+
+    task: bytes
+    data: bytes | None
 
 
 # -------------------------------------------------------------------------------------------------------- raylet → raylet
@@ -517,6 +586,37 @@ class StartActor(Message, tag=87):
     template: bytes
     arguments: bytes
     dependencies: list[Dependency]
+
+
+class StartLane(Message, tag=88):
+    """Home → the rank of its host where the worker is. Answered by the lane's socket over the doorbell, or `LaneLost`."""
+
+    client: int
+    lane: int
+    template: bytes
+    actor: bytes
+
+
+class EndLane(Message, tag=89):
+    """Home → the worker's rank: the driver has closed the lane."""
+
+    client: int
+    lane: int
+
+
+class LaneLost(Message, tag=90):
+    """The worker's rank → home: the lane was refused (error None), or its worker died."""
+
+    client: int
+    lane: int
+    error: bytes | None
+
+
+class WantLane(Message, tag=91):
+    """The worker's rank → home: others wait for what the lane's worker holds. Answered by `EndLane`."""
+
+    client: int
+    lane: int
 
 
 # ----------------------------------------------------------------------------------------------------------- raylet → GCS
@@ -675,15 +775,16 @@ class JobConfig(msgspec.Struct):
 ClientMessage: TypeAlias = (
     RegisterDriver | StopJob | Define | DefineTemplate | Submit | CreateActor | Call | Get | StopGetting | Watch | PutInline
     | Reserve | Seal | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady | Unblocked | Kill
-    | Query
+    | Query | OpenLane | CloseLane | LaneDone | LaneIdle
 )  # fmt: skip
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed
-    | MapArena | Answer | LogLines | Exit | Exists
+    | MapArena | Answer | LogLines | Exit | Exists | LaneOpened | LaneClosed | LaneWanted | ServeLane | LaneReply
 )  # fmt: skip
 PeerMessage: TypeAlias = (
     Define | DefineTemplate | Execute | ExecuteCall | Finished | Crashed | Locate | Located | Borrow | Borrowed | Unborrow
     | CopyAdded | CopyDropped | Free | Pull | PullFailed | MapObject | ObjectMapped | UnmapObject | StartActor | LogLines
     | Demand | Load | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor | WatchActor
-    | Ask | EndJob | Grant | PlaceActor | ActorChanged | StopActor | Told | JobEnded | Shutdown
+    | Ask | EndJob | Grant | PlaceActor | ActorChanged | StopActor | Told | JobEnded | Shutdown | StartLane | EndLane
+    | LaneLost | WantLane
 )  # fmt: skip

@@ -90,6 +90,15 @@ class HostedActors:
         if self._pool.has_arguments(work, begin):
             self._pool.push(work)
 
+    def worker_of(self, identifier: bytes) -> Worker | None:
+        """The worker of an actor that lives here and is not about to end."""
+        actor = self.actors.get(identifier)
+        return actor.worker if actor is not None and actor.is_alive and not actor.wanted_end else None
+
+    def epitaph(self, identifier: bytes) -> bytes:
+        """Why an actor that lived here died: an error's payload."""
+        return self._epitaphs.get(identifier) or payload.actor_died(identifier, "", "it is gone.")
+
     def on_started(self, worker: Worker, message: m.ActorReady) -> None:
         """`__init__` returned, or raised."""
         actor = self.actors.get(message.actor)
@@ -119,8 +128,7 @@ class HostedActors:
         )
         actor = self.actors.get(message.actor)
         if actor is None or not actor.is_alive or actor.incarnation != message.incarnation:
-            error = self._epitaphs.get(message.actor) or payload.actor_died(message.actor, "", "it is gone.")
-            self._out.could_not_run(work, error)
+            self._out.could_not_run(work, self.epitaph(message.actor))
             return
         caller = (home, prefix_of(message.task))
         is_here = self._pool.has_arguments(work, lambda: self._pump(actor, caller))
@@ -141,7 +149,7 @@ class HostedActors:
         worker = actor.worker
         if worker is None or not actor.is_alive:
             self._pool.release_arguments(work)
-            self._out.could_not_run(work, self._epitaphs[actor.id])
+            self._out.could_not_run(work, self.epitaph(actor.id))
             return
         values = self._pool.values_for(worker, work)
         if isinstance(values, bytes):

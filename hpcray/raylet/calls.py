@@ -125,6 +125,18 @@ class Calls:
         )
 
     # -------------------------------------------------------------------------------------------------- calls
+    def rank_of(self, actor: bytes) -> int | None:
+        """Where an actor that clients here have called lives, if it does."""
+        view = self.views.get(actor)
+        return view.rank if view is not None and view.state == "alive" else None
+
+    def on_call_running(self, message: m.Call) -> None:
+        """A call without arguments to wait for that runs already: its driver sent it to the worker itself."""
+        for index in range(1, message.num_returns + 1):
+            self._references.create(object_id(message.task, index))
+        self._references.hold(object_id(message.actor, 0))
+        self.sent[message.task] = PendingCall(message)
+
     def on_call(self, message: m.Call) -> None:
         for index in range(1, message.num_returns + 1):
             self._references.create(object_id(message.task, index))
@@ -219,7 +231,7 @@ class Calls:
         return True
 
     def on_finished_here(self, task: bytes) -> bool:
-        """As `on_finished`, when the actor runs on this raylet and its results are in the table."""
+        """As `on_finished`, when its results are in the table: the actor runs on this raylet, or the call on a lane."""
         call = self.sent.pop(task, None)
         if call is None:
             return False

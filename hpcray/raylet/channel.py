@@ -7,7 +7,7 @@ import contextlib
 import select
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hpcray.protocol.codec import LENGTH_SIZE, decode_from_client, split_stream, stream_frame
@@ -35,15 +35,15 @@ class Channel:
         self.is_open = True
         self.outbox: list[Any] = []
         """Messages of this loop turn; `flush` sends them as one frame."""
-        self.descriptors: list[int] = []
-        """To go with that frame."""
+        self.descriptors: list[int | socket.socket] = []
+        """To go with that frame; sockets are closed when they have gone."""
         self._loop = loop
         self._sock = sock
         self._fd = sock.fileno()
         self._on_message = on_message
         self._on_end = on_end
         self._incoming = bytearray()
-        self._unsent: deque[tuple[memoryview, list[int]]] = deque()
+        self._unsent: deque[tuple[memoryview, list[int | socket.socket]]] = deque()
         loop.add_reader(self._fd, self.read)
 
     def flush(self) -> None:
@@ -51,6 +51,7 @@ class Channel:
         messages, self.outbox = self.outbox, []
         descriptors, self.descriptors = self.descriptors, []
         if not self.is_open or not messages:
+            _close(descriptors)
             return
         frame = stream_frame(messages)
         if not self._unsent and not descriptors:
@@ -73,10 +74,9 @@ class Channel:
         try:
             while unsent:
                 data, descriptors = unsent[0]
-                ancillary = (
-                    [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-                )
-                sent = self._sock.sendmsg([data], ancillary)
+                numbers = array.array("i", [d if isinstance(d, int) else d.fileno() for d in descriptors])
+                sent = self._sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)] if numbers else [])
+                _close(descriptors)
                 if sent < len(data):
                     unsent[0] = (data[sent:], [])
                 else:
@@ -85,8 +85,13 @@ class Channel:
             self._loop.set_writer(self._fd, self._send_unsent)
             return
         except OSError:
-            unsent.clear()
+            self._forget_unsent()
         self._loop.set_writer(self._fd, None)
+
+    def _forget_unsent(self) -> None:
+        for _, descriptors in self._unsent:
+            _close(descriptors)
+        self._unsent.clear()
 
     def read(self) -> None:
         """Handle what has arrived, at most one buffer's worth."""
@@ -129,3 +134,11 @@ class Channel:
             self._loop.remove_reader(self._fd)
             with contextlib.suppress(OSError):
                 self._sock.close()
+            _close(self.descriptors)
+            self._forget_unsent()
+
+
+def _close(descriptors: Iterable[int | socket.socket]) -> None:
+    for descriptor in descriptors:
+        if not isinstance(descriptor, int):
+            descriptor.close()

@@ -42,7 +42,7 @@ class Client:
 class Worker:
     """A worker process of the pool, as the scheduler of this raylet sees it."""
 
-    __slots__ = ("actor", "client", "is_blocked", "job", "lease_since", "tasks", "template")
+    __slots__ = ("actor", "client", "is_blocked", "is_lent", "job", "lease_since", "tasks", "template")
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -55,6 +55,8 @@ class Worker:
         self.is_blocked = False
         self.actor: bytes | None = None
         self.lease_since = 0.0
+        self.is_lent = False
+        """A driver sends it the tasks of its lease itself."""
 
 
 class Work:

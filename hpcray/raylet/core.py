@@ -5,6 +5,7 @@
     Calls         actor calls of this raylet's clients          (raylet/calls.py)
     Pool          workers, and what runs on them                (raylet/pool.py)
     HostedActors  actors that live here                         (raylet/actors.py)
+    Lanes         drivers that speak to workers themselves      (raylet/lanes.py)
 
 Rules:
   1. No clock, socket, process, MPI or randomness here: `now` and events come in, calls on `out` go out.
@@ -25,6 +26,7 @@ from hpcray.protocol import messages as m
 from hpcray.raylet.actors import HostedActors
 from hpcray.raylet.calls import Calls
 from hpcray.raylet.clients import Client, Work, Worker
+from hpcray.raylet.lanes import Key, Lanes
 from hpcray.raylet.ledger import Ledger
 from hpcray.raylet.pool import Pool
 from hpcray.raylet.tasks import Tasks
@@ -51,6 +53,7 @@ class RayletOut(Protocol):
     def show(self, lines: m.LogLines) -> None: ...
     def new_tag(self, rank: int) -> int: ...
     def pull_failed(self, rank: int, tag: int) -> None: ...
+    def join(self, worker: Client, key: Key, *, is_leased: bool) -> bool: ...
 
 
 class GcsHere(Protocol):
@@ -125,6 +128,7 @@ class RayletCore:
         self.tasks = Tasks(self.table, self.pool, self)
         self.calls = Calls(self.table, self)
         self.hosted = HostedActors(self.pool, self)
+        self.lanes = Lanes(self.pool, self.tasks, self.calls, self.hosted, self)
         self._loopback: list[m.PeerMessage] = []
         """Messages of this rank to itself; handled before the turn ends."""
         self._reported: m.Load | None = None
@@ -142,6 +146,8 @@ class RayletCore:
             m.HandBack: self._on_hand_back, m.Unblocked: self._on_unblocked, m.ActorReady: self._on_actor_ready,
             m.CreateActor: self._on_create_actor, m.Kill: self._on_kill, m.Query: self._on_query,
             m.Define: self._on_client_define, m.DefineTemplate: self._on_client_define,
+            m.OpenLane: self.lanes.on_open, m.CloseLane: self.lanes.on_close, m.LaneDone: self._on_lane_done,
+            m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
         }  # fmt: skip
         self._from_peer: dict[type, Callable[[int, Any], None]] = {
             m.Execute: self._on_execute, m.ExecuteCall: self._on_execute_call, m.Finished: self._on_finished,
@@ -159,7 +165,8 @@ class RayletCore:
             m.Grant: lambda _, x: self.tasks.on_grant(x), m.PlaceActor: lambda _, x: self.calls.on_place(x),
             m.ActorChanged: lambda _, x: self.calls.on_changed(x),
             m.StopActor: lambda _, x: self.hosted.on_stop(x.actor, drain=x.drain), m.Told: self._on_told,
-            m.JobEnded: self._on_job_ended,
+            m.JobEnded: self._on_job_ended, m.StartLane: self.lanes.on_start, m.EndLane: self.lanes.on_end,
+            m.LaneLost: lambda _, x: self.lanes.on_lost(x), m.WantLane: lambda _, x: self.lanes.on_wanted(x.client, x.lane),
         }  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------- way out
@@ -305,14 +312,16 @@ class RayletCore:
         client.wanted.clear()
         client.watched.clear()
         if (worker := client.worker) is not None:
-            actor = worker.actor
+            actor, template = worker.actor, worker.template
             lost = self.pool.on_gone(worker)
             if actor is not None:
                 self.hosted.on_worker_gone(actor, lost, why)
+                self.lanes.on_worker_gone(worker, self.hosted.epitaph(actor))
             else:
                 for work in lost:
-                    name = self.templates[work.template].name
-                    self._report_crash(work, payload.system_error("WorkerCrashedError", _crash_text(name, why)))
+                    self._report_crash(work, self._crash_error(work.template, why))
+                if template is not None:
+                    self.lanes.on_worker_gone(worker, self._crash_error(template, why))
         for blocks in client.pins.values():
             for block in blocks:
                 self.memory.unpin(block)
@@ -321,6 +330,12 @@ class RayletCore:
         for identifier in client.held:
             self.references.drop(identifier)
         client.held.clear()
+        if client.is_driver:
+            self.lanes.on_client_gone(client)
+
+    def _crash_error(self, template: bytes, why: str) -> bytes:
+        text = f"The worker that ran {self.templates[template].name} died: {why}"
+        return payload.system_error("WorkerCrashedError", text)
 
     # ---------------------------------------------------------------------------------------- references and objects
     def _on_release(self, client: Client, message: m.Release) -> None:
@@ -452,8 +467,13 @@ class RayletCore:
 
     # -------------------------------------------------------------------------------------------------- tasks, calls
     def _on_submit(self, client: Client, message: m.Submit) -> None:
-        self.tasks.on_submit(message)
-        self._hold_returns(client, message.task, self.templates[message.template].num_returns)
+        count = self.templates[message.template].num_returns
+        if message.lane:
+            self.tasks.on_submit_running(message, self.lanes.rank_of(client, message.lane))
+            self.lanes.on_registered(client, message.lane, message.task, is_call=False)
+        else:
+            self.tasks.on_submit(message)
+        self._hold_returns(client, message.task, count)
 
     def _hold_returns(self, client: Client, task: bytes, count: int) -> None:
         for index in range(1, count + 1):
@@ -476,8 +496,18 @@ class RayletCore:
         self.calls.on_create(message)
 
     def _on_call(self, client: Client, message: m.Call) -> None:
-        self.calls.on_call(message)
+        if message.lane:
+            self.calls.on_call_running(message)
+            self.lanes.on_registered(client, message.lane, message.task, is_call=True)
+        else:
+            self.calls.on_call(message)
         self._hold_returns(client, message.task, message.num_returns)
+
+    def _on_lane_done(self, client: Client, message: m.LaneDone) -> None:
+        self.table.set_inline(object_id(message.task, 1), message.data, [])
+        if not self.calls.on_finished_here(message.task):
+            self.tasks.on_finished_here(message.task)
+        self.lanes.on_finished(message.task, client.number)
 
     def _on_kill(self, client: Client, message: m.Kill) -> None:
         self.calls.on_kill(message)
@@ -510,12 +540,26 @@ class RayletCore:
         client = worker.client
         template = work.template
         if template and template not in client.known:
-            for message in self._definitions(template, client.known):
-                self._out.to_client(client, message)
-            client.job = worker.job
+            self._push_to_worker(worker, template)
         self._out.to_client(
             client, m.Run(work.task, template, work.actor, work.method, work.arguments, values, work.num_returns)
         )
+
+    def _push_to_worker(self, worker: Worker, template: bytes) -> None:
+        client = worker.client
+        if template not in client.known:
+            for message in self._definitions(template, client.known):
+                self._out.to_client(client, message)
+            client.job = worker.job
+
+    def tell(self, client: Client, message: m.RayletToClient) -> None:
+        self._out.to_client(client, message)
+
+    def join(self, worker: Worker, key: Key, template: bytes) -> bool:
+        """Give a worker and a driver of this host a socket between them."""
+        if template:
+            self._push_to_worker(worker, template)
+        return self._out.join(worker.client, key, is_leased=bool(template))
 
     def stored_value(self, worker: Worker, entry: Entry) -> m.StoredValue:
         return self.pin_for(worker.client, entry)
@@ -541,6 +585,8 @@ class RayletCore:
             work = self.hosted.on_done(worker, message.task)
         else:
             work = self.pool.on_done(worker, message.task, message.seconds)
+        if work is None:
+            work = self.lanes.work_of(worker, message.task)
         if work is None:
             return
         if work.home == self.rank:
@@ -669,11 +715,20 @@ class RayletCore:
             self._report_load()
             if self.gcs is not None:
                 self.gcs.end_turn(now)
+            if self.lanes.exist and not self._loopback:
+                self._free_lanes()
             if not self._loopback:
                 break
             messages, self._loopback = self._loopback, []
             for message in messages:
                 self.on_peer_message(self.rank, message)
+
+    def _free_lanes(self) -> None:
+        # What waits still, at the end of a turn, waits for resources.
+        if self.pool.ready:
+            self.lanes.want_back()
+        if self.tasks.queues or self.gcs_wants_load:
+            self.lanes.want_own()
 
     def deliver_here(self, message: m.PeerMessage) -> None:
         """The GCS of the same process speaks to this raylet: handled in this turn."""
@@ -734,7 +789,3 @@ def _offers_more(load: m.Load, reported: m.Load) -> bool:
         or any(room > reported.room.get(template, 0) for template, room in load.room.items())
         or any(amount > reported.available.get(name, 0) for name, amount in load.available.items())
     )
-
-
-def _crash_text(name: str, why: str) -> str:
-    return f"The worker that ran {name} died: {why}"

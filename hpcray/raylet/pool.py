@@ -117,7 +117,7 @@ class Pool:
         depth = self.depth(template)
         room = 0
         for worker in self.leases.get(template, ()):
-            if not worker.is_blocked:
+            if not worker.is_blocked and not worker.is_lent:
                 room += depth - len(worker.tasks)
         room += self._slots(template) * depth
         queue = self.ready.get(template)
@@ -155,6 +155,8 @@ class Pool:
             for worker in leases:
                 if is_overdrawn or worker.is_blocked or len(worker.tasks) >= depth or worker.actor is not None:
                     continue
+                if worker.is_lent:
+                    continue
                 if (others_starve or others_wait) and now - worker.lease_since > LEASE_SECONDS:
                     continue
                 worker_with_room = worker
@@ -183,6 +185,23 @@ class Pool:
             worker = self._out.spawn_worker()
         worker.job = job
         return worker
+
+    def has_slot(self, template: bytes) -> bool:
+        """Whether a lease of this class could be opened now, with nothing else waiting."""
+        return not self.ready and self._slots(template) > 0
+
+    def lend(self, template: bytes, now: float) -> Worker | None:
+        """A worker with a lease of this class for a driver that sends it tasks itself, until `take_back`."""
+        if not self.has_slot(template):
+            return None
+        worker = self._open_lease(template, self._out.template(template), now)
+        worker.is_lent = True
+        return worker
+
+    def take_back(self, worker: Worker) -> None:
+        """The driver has done with the worker."""
+        worker.is_lent = False
+        self._drained.append(worker)
 
     def _give(self, worker: Worker, work: Work) -> None:
         values = self.values_for(worker, work)
@@ -243,7 +262,7 @@ class Pool:
         return True
 
     def _end_lease_if_done(self, worker: Worker) -> None:
-        if worker.tasks or worker.template is None or worker.actor is not None:
+        if worker.tasks or worker.template is None or worker.actor is not None or worker.is_lent:
             return
         self._close_lease(worker)
         if len(self.idle) < self.keep_idle:
@@ -260,7 +279,7 @@ class Pool:
         if not leases:
             del self.leases[worker.template]
         worker.template = None
-        worker.is_blocked = False
+        worker.is_blocked = worker.is_lent = False
 
     def release_arguments(self, work: Work) -> None:
         """The work will not run here, or has run: its arguments may go."""

@@ -34,6 +34,7 @@ from hpcray.raylet.channel import Channel
 from hpcray.raylet.clients import Client
 from hpcray.raylet.core import NodeInfo, RayletCore
 from hpcray.raylet.forkserver import Exited, Spawned, SpawnFailed
+from hpcray.raylet.lanes import Key
 from hpcray.raylet.processes import ForkServer, ServerEnded
 from hpcray.raylet.workers import WorkerProcesses, exit_code
 from hpcray.store.arena import CONTROL_PAGE, Arena
@@ -126,6 +127,7 @@ class RankServer:
     def attach_transport(self, transport: MpiTransport) -> None:
         """Take part in a job of several ranks."""
         self.transport = transport
+        transport.on_handed_over = self.on_handed_over
 
     def add_peer_arena(self, rank: int, arena: Arena, bell: int) -> None:
         """A rank of this host handed its arena and its bell over."""
@@ -236,6 +238,36 @@ class RankServer:
     def serve(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
         assert self.transport is not None
         self.transport.send_from(rank, tag, self._view(block), self._telling(done))
+
+    def join(self, worker: Client, key: Key, *, is_leased: bool) -> bool:
+        """Make a socket between a worker and a driver of this host; False if the driver's end cannot be handed over."""
+        home, number, lane = key
+        for_driver, for_worker = socket.socketpair()
+        if home == self.rank:
+            self._give_lane(number, lane, for_driver)
+        elif self.transport is None or not self.transport.hand_over(home, encode([number, lane]), for_driver.fileno()):
+            for_driver.close()
+            for_worker.close()
+            return False
+        else:
+            for_driver.close()
+        channel = self._channels[worker.number]
+        self.to_client(worker, m.ServeLane(home, number, lane, is_leased))
+        channel.descriptors.append(for_worker)
+        return True
+
+    def _give_lane(self, number: int, lane: int, sock: socket.socket) -> None:
+        channel = self._channels.get(number)
+        if channel is None:
+            sock.close()  # the driver is gone, and its raylet says so
+            return
+        self.to_client(channel.client, m.LaneOpened(lane))
+        channel.descriptors.append(sock)
+
+    def on_handed_over(self, payload: bytes, descriptor: int) -> None:
+        """Another rank of this host joined one of its workers with a driver of ours."""
+        number, lane = msgspec.msgpack.decode(payload, type=tuple[int, int])
+        self._give_lane(number, lane, socket.socket(fileno=descriptor))
 
     def _telling(self, done: Callable[[str | None], None]) -> Callable[[str | None], None]:
         def told(error: str | None) -> None:

@@ -81,6 +81,8 @@ class Tasks:
         self._out = out
         self.tasks: dict[bytes, Task] = {}
         self.queues: dict[bytes, deque[Task]] = {}
+        self.ran_on: dict[bytes, int] = {}
+        """Per class, the rank that was granted last."""
         self._looked_at: set[bytes] = set()
         """Classes whose demand was compared with what the job has."""
         self._asked: dict[bytes, int] = {}
@@ -108,6 +110,15 @@ class Tasks:
             if task.missing:
                 return
         self._enqueue(task)
+
+    def on_submit_running(self, message: m.Submit, rank: int) -> None:
+        """A task without arguments to wait for that runs already: its driver sent it to the worker itself."""
+        template = self._out.template(message.template)
+        task = Task(message, template)
+        task.runs_on = rank
+        self.tasks[task.id] = task
+        for index in range(1, task.num_returns + 1):
+            self._references.create(object_id(task.id, index))
 
     def _enqueue(self, task: Task) -> None:
         if (error := dependency_error(self._table, task.dependencies)) is not None:
@@ -175,6 +186,7 @@ class Tasks:
             self._out.to_gcs(m.GrantReturned(grant.template, grant.rank, grant.count - count))
         if queue is None or not count:
             return
+        self.ran_on[grant.template] = grant.rank
         # The GCS has taken the granted tasks off its count already.
         self._asked[grant.template] = self._asked.get(grant.template, 0) - count
         for _ in range(count):
@@ -226,7 +238,7 @@ class Tasks:
         return task is not None and task.attempt == attempt
 
     def on_finished_here(self, task_id: bytes) -> None:
-        """The results of a task that ran on this raylet are in the table."""
+        """The results of a task that ran on this raylet, or on a lane, are in the table."""
         self._release(self.tasks.pop(task_id))
 
     def on_crashed(self, task_id: bytes, attempt: int, error: bytes) -> None:

@@ -17,6 +17,7 @@ from hpcray.protocol import messages as m
 from hpcray.protocol.codec import decode_from_client, decode_from_peer, decode_from_raylet, encode
 from hpcray.raylet.clients import Client
 from hpcray.raylet.core import NodeInfo, RayletCore
+from hpcray.raylet.lanes import Key
 from hpcray.resources import UNIT, Shape
 from hpcray.store.memory import Block
 from hpcray.testing.process import Process
@@ -114,6 +115,9 @@ class Node:
         transfer = self._cluster.transfers.pop((self.rank, tag))
         assert transfer.source == rank
         transfer.received("the holder has no such object any more")
+
+    def join(self, worker: Client, key: Key, *, is_leased: bool) -> bool:
+        return False  # no fake process asks for a lane
 
     def show(self, lines: m.LogLines) -> None:
         self._cluster.shown.extend(lines.lines)

@@ -177,6 +177,7 @@ class MpiTransport:
             on_frame: Called from `progress` with the source and each of its frames, in order.
         """
         self.on_frame = on_frame
+        self.on_handed_over: Callable[[bytes, int], None] = lambda _, fd: os.close(fd)
         self._comm = comm
         self._rank = comm.Get_rank()
         self._doorbell = doorbell
@@ -197,13 +198,24 @@ class MpiTransport:
             request.Start()
 
     def attach(self, loop: EventLoop) -> None:
-        """Let the doorbell wake `loop`, for an owner that expects no descriptors over it."""
+        """Let the doorbell wake `loop`. Descriptors that come over it go to `on_handed_over`."""
         loop.add_reader(self._doorbell.fd, self._answer_doorbell)
         loop.add_reader(self._doorbell.bell, self._doorbell.silence)
 
     def _answer_doorbell(self) -> None:
-        for _, fd in self._doorbell.drain():
-            os.close(fd)
+        for payload, fd in self._doorbell.drain():
+            self.on_handed_over(payload, fd)
+
+    def hand_over(self, rank: int, payload: bytes, fd: int) -> bool:
+        """Hand a duplicate of `fd` to another rank of this host; False if that is not possible now."""
+        doorbell = self._peers[rank].doorbell
+        if doorbell is None:
+            return False
+        try:
+            self._doorbell.send_fd(doorbell, payload, fd)
+        except OSError:
+            return False
+        return True
 
     def add_peer_arena(self, rank: int, arena: AsleepFlag, bell: int) -> None:
         """Wake this peer by its eventfd, and only while its asleep flag is set; until now it was rung at each send."""

@@ -21,6 +21,7 @@ CORES = {
     "store/table.py", "store/entry.py", "store/references.py", "store/memory.py", "store/transfers.py",
     "store/allocator.py",
     "raylet/core.py", "raylet/tasks.py", "raylet/calls.py", "raylet/pool.py", "raylet/actors.py", "raylet/ledger.py",
+    "raylet/lanes.py",
     "raylet/clients.py", "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py",
 }  # fmt: skip
 IMPURE = {

@@ -87,7 +87,8 @@ def test_every_message_of_a_client_has_a_handler():
 
 def test_every_message_to_a_client_has_a_handler():
     source = inspect.getsource(hpcray.client.Client)
-    for kind in typing.get_args(m.RayletToClient):
+    from_workers = {m.LaneReply}  # on a lane
+    for kind in set(typing.get_args(m.RayletToClient)) - from_workers:
         assert f"m.{kind.__name__}:" in source, f"the client does not handle {kind.__name__}"
 
 
