@@ -64,6 +64,8 @@ class EventLoop:
 
     def __init__(self) -> None:
         self.now = monotonic()
+        self.longest_turn = 0.0
+        """Seconds, sleep aside: for so long did a message have to wait. Whoever looks may set it back."""
         self._epoll = select.epoll()
         self._readers: dict[int, Callback] = {}
         self._writers: dict[int, Callback] = {}
@@ -173,6 +175,9 @@ class EventLoop:
             if self._timers and self._timers[0][0] <= self.now:
                 self._run_due_timers()
             end_of_turn()
+            turn = monotonic() - self.now
+            if turn > self.longest_turn:
+                self.longest_turn = turn
 
     def _wait(self, limit: float | None) -> list[tuple[int, int]]:
         if self._timers:

@@ -295,8 +295,8 @@ def test_a_receive_of_what_never_comes_can_be_cancelled(rank: Rank) -> None:
     tag = rank.transport.new_tag(peer)
     rank.transport.receive_into(peer, tag, memoryview(bytearray(20 * MIB)), done.append)
     rank.transport.progress()
-    rank.transport.cancel_receive(peer, tag, "it is gone")
-    rank.transport.cancel_receive(peer, tag, "twice does nothing")
+    rank.transport.end_receive(peer, tag, 0, "it is gone")
+    rank.transport.end_receive(peer, tag, 0, "twice does nothing")
     assert done == ["it is gone"]
     assert rank.transport.new_tag(peer) == tag
     rank.meet()
