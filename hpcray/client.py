@@ -395,9 +395,8 @@ class Client:
                     if value.views == 0:
                         del self._values[identifier]
                         self._pending.append(m.Unpin([identifier]))
-                elif value is not None and value[0] == payload.SYSTEM_ERROR:
-                    if payload.describe_system_error(value)[0] == "ObjectStoreFullError":
-                        del self._values[identifier]
+                elif value is not None and _means_no_room(value):
+                    del self._values[identifier]
         self._flush_soon()
 
     def fetch(self, identifiers: Sequence[bytes], timeout: float | None) -> None:
@@ -942,6 +941,10 @@ class _LanesOut:
 
 
 _current: Client | None = None
+
+
+def _means_no_room(value: bytes) -> bool:
+    return value[0] == payload.SYSTEM_ERROR and payload.describe_system_error(value)[0] == "ObjectStoreFullError"
 
 
 def set_client(client: Client | None) -> None:

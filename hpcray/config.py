@@ -16,7 +16,11 @@ class Config:
     (Ray's limit. Larger: fewer arena round trips; smaller: less copying in raylets.)"""
 
     store_timeout: float = 30.0
-    """Seconds that the creator of an object waits for room in a full store before `ObjectStoreFullError`."""
+    """Seconds without any room coming free in a full store, after which who waits for some gets `ObjectStoreFullError`."""
+
+    spill_dir: str = ""
+    """Directory on each node's own disk for objects that do not fit into memory (`--spill-dir`). Without it, $SLURM_TMPDIR,
+    $TMPDIR or /tmp. A disk that is shared by all nodes works, and is slow for all; one in memory (tmpfs) frees none."""
 
     store_share: float = 0.3
     """Part of the memory that the job may use on a host which its ranks' object stores take there (Ray's default)."""
@@ -50,6 +54,8 @@ def load(env: Mapping[str, str] = os.environ) -> Config:
                 values[field.name] = {"1": True, "0": False, "true": True, "false": False}[text.lower()]
             elif field.type == "int":
                 values[field.name] = int(text)
+            elif field.type == "str":
+                values[field.name] = text
             else:
                 values[field.name] = float(text)
         except (ValueError, KeyError):

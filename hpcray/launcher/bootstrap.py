@@ -36,12 +36,22 @@ from hpcray.launcher.roles import Launch, LaunchError, check_pmi, check_world, d
 from hpcray.raylet.cgroup import read_limits
 from hpcray.raylet.core import NodeInfo
 from hpcray.raylet.descendants import die_with
-from hpcray.raylet.detect import RankMask, detect_cpus, detect_gpus, detect_memory, share, share_gpus
+from hpcray.raylet.detect import (
+    RankMask,
+    RankMemory,
+    detect_cpus,
+    detect_gpus,
+    detect_memory,
+    share,
+    share_gpus,
+    share_memory,
+)
 from hpcray.raylet.leftovers import find_traces
 from hpcray.raylet.processes import ForkServer
 from hpcray.raylet.server import RankServer
 from hpcray.resources import shape_of, to_float
 from hpcray.store.arena import Arena
+from hpcray.store.spillfiles import spill_directory
 from hpcray.transport.doorbell import Doorbell
 from hpcray.transport.poller import EventLoop
 
@@ -230,7 +240,15 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
     arena = Arena.create(nodes[rank].arena_size)
     loop = EventLoop()
     server = RankServer(
-        rank, nodes, everybody[0].nonce, loop=loop, arena=arena, forks=forks, config=config, log_dir=options.log_dir
+        rank,
+        nodes,
+        everybody[0].nonce,
+        loop=loop,
+        arena=arena,
+        forks=forks,
+        config=config,
+        spill_dir=spill_directory(options.spill_dir or config.spill_dir, os.environ),
+        log_dir=options.log_dir,
     )
     if world and doorbell is not None:
         _connect_ranks(world, server, loop, doorbell, arena, everybody)
@@ -280,20 +298,18 @@ def _make_nodes(options: JobOptions, config: configuration.Config, everybody: li
     machines = [one.machine for one in everybody]
     cpus = _deal_cpus(options, everybody, machines)
     gpus = _deal_gpus(options, everybody, machines)
+    memories = _deal_memory(config, everybody, machines)
     nodes: list[NodeInfo] = []
     for rank, one in enumerate(everybody):
-        here = [other for other in everybody if other.machine == one.machine]
-        budget = min(other.memory for other in here) // len(here)
-        store = one.store or int(budget * config.store_share)
-        store -= store % 4096
+        memory = memories[rank]
         amounts = {
             **one.resources,
             "CPU": cpus[rank],
             "GPU": gpus[rank],
-            "memory": max(0, budget - store),
-            "object_store_memory": store,
+            "memory": memory.total - memory.store,
+            "object_store_memory": memory.store,
         }
-        nodes.append(NodeInfo(rank, one.host, one.machine, one.pid, shape_of(amounts), store))
+        nodes.append(NodeInfo(rank, one.host, one.machine, one.pid, shape_of(amounts), memory.store))
     return nodes
 
 
@@ -310,6 +326,20 @@ def _deal_cpus(options: JobOptions, everybody: list[Introduction], machines: lis
             dealt[rank] = count if options.num_cpus is None else options.num_cpus
     if options.head_cpus is not None:
         dealt[0] = options.head_cpus
+    return dealt
+
+
+def _deal_memory(
+    config: configuration.Config, everybody: list[Introduction], machines: list[str]
+) -> dict[int, RankMemory]:
+    dealt: dict[int, RankMemory] = {}
+    for machine in dict.fromkeys(machines):
+        here = [rank for rank, other in enumerate(machines) if other == machine]
+        usable, stores = [everybody[rank].memory for rank in here], [everybody[rank].store or None for rank in here]
+        try:
+            dealt.update(zip(here, share_memory(usable, stores, config.store_share), strict=True))
+        except ValueError as error:
+            raise LaunchError(str(error)) from None
     return dealt
 
 

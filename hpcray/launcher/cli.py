@@ -1,4 +1,4 @@
-"""The command line: `hpcray run`, `hpcray doctor`, `hpcray stop`, and `python -m hpcray`."""
+"""The command line: `hpcray run`, `hpcray doctor`, `hpcray memory`, `hpcray stop`, and `python -m hpcray`."""
 
 from __future__ import annotations
 
@@ -77,6 +77,12 @@ _JOB_OPTIONS = [
         help="CPUs rank 0 offers (default: none if it shares its host).",
     ),
     click.option("--namespace", metavar="NAME", help="The script's namespace for named actors."),
+    click.option(
+        "--spill-dir",
+        type=click.Path(file_okay=False),
+        metavar="DIR",
+        help="Where each node puts objects that do not fit into memory (default: $SLURM_TMPDIR, $TMPDIR or /tmp).",
+    ),
     click.option("--log-dir", type=click.Path(file_okay=False), metavar="DIR", help="Keep the job's full logs here."),
     click.option("--log-to-driver/--no-log-to-driver", default=True, help="Show what workers print (default: yes)."),
     click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as under python -m."),
@@ -159,6 +165,21 @@ def _stop() -> NoReturn:
     from hpcray.launcher import bootstrap
 
     sys.exit(bootstrap.stop_job())
+
+
+@_cli.command("memory")
+@click.option("--address", default="auto", metavar="ADDRESS", help="The job, if several of yours run on this host.")
+@click.option("--limit", type=click.IntRange(min=0), default=50, metavar="N", help="Show the N largest objects (50).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def _memory(address: str, limit: int, as_json: bool) -> NoReturn:
+    """Show what lies in the object stores of this user's running job, on rank 0's host.
+
+    Per object: size, the ranks that have it and how, who looks at its memory, who refers to it, who made it. Then a line
+    per rank. Exits with 2 if there is no job to look at.
+    """
+    from hpcray.launcher import memory
+
+    sys.exit(memory.show(address, limit=limit, as_json=as_json))
 
 
 def main() -> NoReturn:

@@ -48,6 +48,7 @@ class JobOptions:
         resources: Custom resources that each rank offers, by name.
         object_store_memory: Bytes of each rank's arena.
         head_cpus: CPUs that rank 0 offers, whatever else runs on its host.
+        spill_dir: Directory on each node's own disk for objects that do not fit into memory.
         log_dir: Directory for the job's full logs; None keeps no files.
         log_to_driver: Whether what workers print appears at the driver.
         namespace: The driver's namespace for named actors.
@@ -59,6 +60,7 @@ class JobOptions:
     resources: Mapping[str, float] = field(default_factory=lambda: _NO_RESOURCES)
     object_store_memory: int | None = None
     head_cpus: float | None = None
+    spill_dir: str | None = None
     log_dir: str | None = None
     log_to_driver: bool = True
     namespace: str | None = None
@@ -74,6 +76,7 @@ def job_arguments(options: JobOptions) -> list[str]:
         ("--object-store-memory", options.object_store_memory),
         ("--head-cpus", options.head_cpus),
         ("--namespace", options.namespace),
+        ("--spill-dir", options.spill_dir),
         ("--log-dir", options.log_dir),
     ):
         if value is not None:

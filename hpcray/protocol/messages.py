@@ -545,17 +545,39 @@ class Free(Message, tag=81):
 
 
 class Pull(Message, tag=82):
-    """Receiver → holder: send the object's bytes under this MPI tag. Answered by the bytes, or `PullFailed`."""
+    """Receiver → holder: send the object's bytes from `start` on under this MPI tag, more urgent pulls first.
+
+    Answered by the bytes, `PullFrom` or `PullFailed`. `via`: the rank whose `PullFrom` named the receiver of this, or -1.
+    """
 
     id: bytes
     tag: int
+    urgency: int
+    via: int
+    start: int
 
 
 class PullFailed(Message, tag=83):
-    """The holder has no such object (any more)."""
+    """The holder has no such object (any more); `sent` bytes of it are on their way. Tag 0 answers `MapObject`."""
 
     id: bytes
     tag: int
+    sent: int
+
+
+class PullFrom(Message, tag=97):
+    """Holder → receiver, in answer to `Pull`: nothing comes from here, have it from this rank, which is being sent it."""
+
+    id: bytes
+    tag: int
+    rank: int
+
+
+class HastenPull(Message, tag=98):
+    """Receiver → holder: the transfer under this tag is more urgent now. Ignored if it is over."""
+
+    tag: int
+    urgency: int
 
 
 class MapObject(Message, tag=84):
@@ -578,6 +600,36 @@ class UnmapObject(Message, tag=86):
     id: bytes
 
 
+class RecallMapping(Message, tag=95):
+    """Owner → mapper, for want of room: unmap the object as soon as no client looks at it. Answered by `UnmapObject`."""
+
+    id: bytes
+
+
+class CopyLost(Message, tag=96):
+    """Holder → home: the primary copy could not be read back from disk; `error` is the payload for those who want it."""
+
+    id: bytes
+    error: bytes
+
+
+class Survey(Message, tag=88):
+    """Asker's raylet → every raylet: your part of the answer to this `Query`. Answered by `Surveyed`."""
+
+    client: int
+    number: int
+    topic: str
+    arguments: bytes
+
+
+class Surveyed(Message, tag=89):
+    """The sender's part of the answer."""
+
+    client: int
+    number: int
+    payload: bytes
+
+
 class StartActor(Message, tag=87):
     """Home → the raylet that the GCS chose: begin this incarnation. Reported by `ActorStarted` to the GCS."""
 
@@ -588,7 +640,7 @@ class StartActor(Message, tag=87):
     dependencies: list[Dependency]
 
 
-class StartLane(Message, tag=88):
+class StartLane(Message, tag=91):
     """Home → the rank of its host where the worker is. Answered by the lane's socket over the doorbell, or `LaneLost`."""
 
     client: int
@@ -597,14 +649,14 @@ class StartLane(Message, tag=88):
     actor: bytes
 
 
-class EndLane(Message, tag=89):
+class EndLane(Message, tag=92):
     """Home → the worker's rank: the driver has closed the lane."""
 
     client: int
     lane: int
 
 
-class LaneLost(Message, tag=90):
+class LaneLost(Message, tag=93):
     """The worker's rank → home: the lane was refused (error None), or its worker died."""
 
     client: int
@@ -612,7 +664,7 @@ class LaneLost(Message, tag=90):
     error: bytes | None
 
 
-class WantLane(Message, tag=91):
+class WantLane(Message, tag=94):
     """The worker's rank → home: others wait for what the lane's worker holds. Answered by `EndLane`."""
 
     client: int
@@ -783,7 +835,9 @@ RayletToClient: TypeAlias = (
 )  # fmt: skip
 PeerMessage: TypeAlias = (
     Define | DefineTemplate | Execute | ExecuteCall | Finished | Crashed | Locate | Located | Borrow | Borrowed | Unborrow
-    | CopyAdded | CopyDropped | Free | Pull | PullFailed | MapObject | ObjectMapped | UnmapObject | StartActor | LogLines
+    | CopyAdded | CopyDropped | Free | Pull | PullFailed | PullFrom | HastenPull | MapObject | ObjectMapped | UnmapObject
+    | RecallMapping | CopyLost
+    | Survey | Surveyed | StartActor | LogLines
     | Demand | Load | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor | WatchActor
     | Ask | EndJob | Grant | PlaceActor | ActorChanged | StopActor | Told | JobEnded | Shutdown | StartLane | EndLane
     | LaneLost | WantLane

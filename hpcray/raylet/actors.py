@@ -63,6 +63,7 @@ class HostedActors:
 
     def __init__(self, pool: Pool, out: HostOut) -> None:
         self._pool = pool
+        self._arguments = pool.arguments
         self._out = out
         self.actors: dict[bytes, HostedActor] = {}
         self._epitaphs: dict[bytes, bytes] = {}
@@ -81,14 +82,7 @@ class HostedActors:
             actor=message.actor,
         )
 
-        def begin() -> None:
-            if self.actors.get(actor.id) is actor:
-                self._pool.push(work)
-            else:
-                self._pool.release_arguments(work)  # it was ended while they were on their way
-
-        if self._pool.has_arguments(work, begin):
-            self._pool.push(work)
+        self._pool.accept(work)
 
     def worker_of(self, identifier: bytes) -> Worker | None:
         """The worker of an actor that lives here and is not about to end."""
@@ -131,7 +125,7 @@ class HostedActors:
             self._out.could_not_run(work, self.epitaph(message.actor))
             return
         caller = (home, prefix_of(message.task))
-        is_here = self._pool.has_arguments(work, lambda: self._pump(actor, caller))
+        is_here = self._arguments.add(work, lambda: self._pump(actor, caller))
         queue = actor.queues.get(caller)
         if queue is None and is_here:
             self._give(actor, work)
@@ -140,7 +134,7 @@ class HostedActors:
 
     def _pump(self, actor: HostedActor, caller: tuple[int, bytes]) -> None:
         queue = actor.queues.get(caller)
-        while queue and not queue[0].missing:
+        while queue and self._arguments.take(queue[0], lambda: self._pump(actor, caller)):
             self._give(actor, queue.popleft())
         if not queue:
             actor.queues.pop(caller, None)
@@ -158,6 +152,7 @@ class HostedActors:
             return
         worker.tasks[work.task] = work
         self._out.run(worker, work, values)
+        self._arguments.hand_over(work)
 
     def on_done(self, worker: Worker, task: bytes) -> Work | None:
         """The worker answered a call."""
@@ -184,11 +179,7 @@ class HostedActors:
         for worker in [w for workers in self._pool.leases.values() for w in workers if w.actor == actor.id]:
             self._out.kill_worker(worker)
             return
-        queue = self._pool.ready.get(actor.template)
-        for work in list(queue or ()):
-            if work.actor == actor.id and queue is not None:
-                queue.remove(work)
-                self._pool.release_arguments(work)
+        self._pool.withdraw(actor.template, lambda work: work.actor == actor.id)
         self._bury(actor, self._died(actor, f"{actor.wanted_end}, before it had started."))
 
     def on_worker_gone(self, identifier: bytes, lost: list[Work], why: str) -> None:
@@ -217,13 +208,11 @@ class HostedActors:
         del self.actors[actor.id]
         self._epitaphs[actor.id] = error
         actor.is_alive = False
-        for caller, queue in list(actor.queues.items()):
-            # Calls whose arguments are on their way are answered when these arrive, by `_give`.
-            actor.queues[caller] = deque(work for work in queue if work.missing)
+        queues, actor.queues = actor.queues, {}
+        for queue in queues.values():
             for work in queue:
-                if not work.missing:
-                    self._pool.release_arguments(work)
-                    self._out.could_not_run(work, error)
+                self._pool.release_arguments(work)
+                self._out.could_not_run(work, error)
         if actor.init_error is not None:
             self._out.to_gcs(m.ActorStarted(actor.id, actor.incarnation, error))
         else:

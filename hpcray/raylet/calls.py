@@ -72,6 +72,7 @@ class Calls:
         self._unregistered.add(actor)
         self.views[actor] = ActorView()
         handle = self._references.create(object_id(actor, 0))
+        handle.maker = message.template
         self._table.set_inline(handle.id, payload.NONE, [])
         if not message.detached:
             handle.on_free = lambda: self._unreferenced(actor)
@@ -139,7 +140,7 @@ class Calls:
 
     def on_call(self, message: m.Call) -> None:
         for index in range(1, message.num_returns + 1):
-            self._references.create(object_id(message.task, index))
+            self._references.create(object_id(message.task, index)).maker = message.method
         self._references.hold(object_id(message.actor, 0))
         hold_all(self._references, message.nested)
         hold_all(self._references, message.dependencies)

@@ -63,7 +63,8 @@ class Work:
     """A task, actor creation or actor call that is to run on this raylet."""
 
     __slots__ = (
-        "actor", "arguments", "attempt", "dependencies", "home", "method", "missing", "num_returns", "task", "template",
+        "actor", "arguments", "arrival", "attempt", "dependencies", "error", "home", "method", "num_returns", "task",
+        "template",
     )  # fmt: skip
 
     def __init__(
@@ -88,5 +89,7 @@ class Work:
         self.actor = actor
         self.method = method
         self.num_returns = num_returns
-        self.missing = 0
-        """Arguments that are still on their way to this node."""
+        self.arrival = 0
+        """Its place among all work that came here with arguments."""
+        self.error: bytes | None = None
+        """Why one of them could not be brought."""

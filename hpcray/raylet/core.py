@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from hpcray import payload
 from hpcray.exceptions import InternalError
 from hpcray.ids import client_prefix, object_id, task_of
+from hpcray.observe.statistics import Traffic
 from hpcray.protocol import messages as m
 from hpcray.raylet.actors import HostedActors
 from hpcray.raylet.calls import Calls
@@ -29,11 +30,13 @@ from hpcray.raylet.clients import Client, Work, Worker
 from hpcray.raylet.lanes import Key, Lanes
 from hpcray.raylet.ledger import Ledger
 from hpcray.raylet.pool import Pool
+from hpcray.raylet.surveys import TOPICS, Surveys
 from hpcray.raylet.tasks import Tasks
 from hpcray.resources import Shape, as_floats
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import HERE, INLINE, MAPPED, Entry
+from hpcray.store.entry import HERE, INLINE, MAPPED, SPILLED, Entry, Extent
 from hpcray.store.memory import Block
+from hpcray.store.pulls import Done, Transfer
 from hpcray.store.table import ObjectTable
 
 LOAD_DELAY = 0.01
@@ -48,11 +51,16 @@ class RayletOut(Protocol):
     def send_arena(self, client: Client, rank: int) -> None: ...
     def start_worker(self, client: Client) -> None: ...
     def kill_client(self, client: Client) -> None: ...
-    def receive(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None: ...
-    def serve(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None: ...
+    def receive(self, transfer: Transfer, done: Done) -> None: ...
+    def end_receive(self, rank: int, tag: int, size: int, why: str) -> None: ...
+    def serve(self, transfer: Transfer, done: Done) -> None: ...
+    def hasten(self, rank: int, tag: int, urgency: int) -> None: ...
+    def end_serve(self, rank: int, tag: int, why: str) -> int: ...
+    def spill(self, blocks: list[Block], done: Callable[[list[Extent], str | None], None]) -> None: ...
+    def restore(self, extent: Extent, block: Block, done: Callable[[str | None], None]) -> None: ...
+    def forget(self, extent: Extent) -> None: ...
     def show(self, lines: m.LogLines) -> None: ...
     def new_tag(self, rank: int) -> int: ...
-    def pull_failed(self, rank: int, tag: int) -> None: ...
     def join(self, worker: Client, key: Key, *, is_leased: bool) -> bool: ...
 
 
@@ -89,7 +97,7 @@ class RayletCore:
         nonce: The job's nonce, part of all ids.
         arena_start: First offset of the arena that objects may use.
         inline_limit: Bytes up to which objects ride in messages.
-        store_timeout: Seconds that the creator of an object waits for room.
+        store_timeout: Seconds without anything coming free, after which who waits for room is told that there is none.
         out: The way out.
     """
 
@@ -112,14 +120,14 @@ class RayletCore:
         self.now = 0.0
         self._out = out
         self._inline_limit = inline_limit
-        self._store_timeout = store_timeout
-        self._neighbours = {node.rank for node in nodes if node.machine == me.machine and node.rank != rank}
         self.blobs: dict[bytes, bytes] = {}
         self.templates: dict[bytes, m.Template] = {}
         self._peers_know: dict[int, set[bytes]] = {}
         self.clients: dict[int, Client] = {}
         self._clients_made = 0
-        self.table = ObjectTable(rank, Allocator(arena_start, me.arena_size), self)
+        allocator = Allocator(arena_start, me.arena_size)
+        self.table = ObjectTable(rank, allocator, self, patience=store_timeout)
+        self.surveys = Surveys(rank, nodes, self.clients, self.table, allocator, self)
         self.references = self.table.references
         self.memory = self.table.memory
         self.transfers = self.table.transfers
@@ -159,8 +167,15 @@ class RayletCore:
             m.CopyDropped: lambda rank, x: self.transfers.on_copy_dropped(x.id, rank), m.Free: self._on_free,
             m.Pull: lambda rank, x: self.transfers.on_pull(x, rank),
             m.MapObject: lambda rank, x: self.transfers.on_map(x.id, rank),
-            m.ObjectMapped: lambda rank, x: self.transfers.on_mapped(x, rank),
-            m.UnmapObject: lambda rank, x: self.transfers.on_unmap(x.id, rank), m.PullFailed: self._on_pull_failed,
+            m.ObjectMapped: lambda rank, x: self.transfers.pulls.on_mapped(x, rank),
+            m.UnmapObject: lambda rank, x: self.transfers.on_unmap(x.id, rank),
+            m.RecallMapping: lambda rank, x: self.table.on_recall(x.id, rank),
+            m.CopyLost: lambda rank, x: self.table.on_copy_lost(x, rank),
+            m.PullFailed: lambda rank, x: self.transfers.pulls.on_pull_failed(x, rank),
+            m.PullFrom: lambda rank, x: self.transfers.pulls.on_redirected(x, rank),
+            m.HastenPull: lambda rank, x: self.transfers.on_hasten(x, rank),
+            m.Survey: lambda rank, x: self.surveys.on_survey(rank, x),
+            m.Surveyed: lambda rank, x: self.surveys.on_surveyed(rank, x),
             m.Define: lambda _, x: self.define(x), m.DefineTemplate: lambda _, x: self.define(x),
             m.Grant: lambda _, x: self.tasks.on_grant(x), m.PlaceActor: lambda _, x: self.calls.on_place(x),
             m.ActorChanged: lambda _, x: self.calls.on_changed(x),
@@ -184,17 +199,59 @@ class RayletCore:
         else:
             self._out.send(0, message)
 
-    def is_same_host(self, rank: int) -> bool:
-        return rank in self._neighbours
+    def share_host(self, rank: int, other: int) -> bool:
+        return self.nodes[rank].machine == self.nodes[other].machine
 
     def new_tag(self, rank: int) -> int:
         return self._out.new_tag(rank)
 
-    def receive(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
-        self._out.receive(rank, tag, block, done)
+    def receive(self, transfer: Transfer, done: Done) -> None:
+        self._out.receive(transfer, self._counting(self.surveys.received, transfer, done))
 
-    def serve(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
-        self._out.serve(rank, tag, block, done)
+    def end_receive(self, rank: int, tag: int, size: int, why: str) -> None:
+        self._out.end_receive(rank, tag, size, why)
+
+    def serve(self, transfer: Transfer, done: Done) -> None:
+        self._out.serve(transfer, self._counting(self.surveys.sent, transfer, done))
+
+    def _counting(self, traffic: Traffic, transfer: Transfer, done: Done) -> Done:
+        def counted(error: str | None) -> None:
+            if error is None:
+                traffic.add(transfer.block.size - transfer.start, self.now)
+            done(error)
+
+        return counted
+
+    def hasten(self, rank: int, tag: int, urgency: int) -> None:
+        self._out.hasten(rank, tag, urgency)
+
+    def end_serve(self, rank: int, tag: int, why: str) -> int:
+        return self._out.end_serve(rank, tag, why)
+
+    def spill(self, blocks: list[Block], done: Callable[[list[Extent], str | None], None]) -> None:
+        self._out.spill(blocks, done)
+
+    def restore(self, extent: Extent, block: Block, done: Callable[[str | None], None]) -> None:
+        self._out.restore(extent, block, done)
+
+    def forget(self, extent: Extent) -> None:
+        self._out.forget(extent)
+
+    def holders(self) -> list[str]:
+        """Which clients look at memory of this arena or are writing into it, and how much, for people."""
+        held: list[str] = []
+        for client in self.clients.values():
+            name = f"the {'driver' if client.is_driver else 'worker'} with pid {client.pid}"
+            if client.worker is not None and client.worker.template is not None:
+                name += f" ({self.templates[client.worker.template].name})"
+            pinned = {b.offset: b.size for blocks in client.pins.values() for b in blocks if b.rank == self.rank}
+            for doing, size in (
+                ("looks at", sum(pinned.values())),
+                ("is writing", sum(block.size for block in client.reserved.values())),
+            ):
+                if size:
+                    held.append(f"{name} {doing} {size:,} bytes")
+        return held
 
     # --------------------------------------------------------------------------------------------------- definitions
     def define(self, message: m.Define | m.DefineTemplate) -> None:
@@ -370,7 +427,7 @@ class RayletCore:
     def _on_reserve(self, client: Client, message: m.Reserve) -> None:
         def then(block: Block | None) -> None:
             if block is None:
-                error = payload.system_error("ObjectStoreFullError", self.memory.why_full(message.size))
+                error = payload.system_error("ObjectStoreFullError", self.table.why_full(message.size))
                 self._out.to_client(client, m.ReserveFailed(message.id, error))
             elif client.number not in self.clients:
                 self.memory.abandon(block)
@@ -378,7 +435,7 @@ class RayletCore:
                 client.reserved[message.id] = block
                 self._out.to_client(client, m.Reserved(message.id, block.offset))
 
-        self.memory.reserve(message.id, message.size, self.now + self._store_timeout, then)
+        self.memory.reserve(message.id, message.size, then)
 
     def _on_seal(self, client: Client, message: m.Seal) -> None:
         block = client.reserved.pop(message.id)
@@ -403,9 +460,12 @@ class RayletCore:
                 continue
             if identifier not in client.held:
                 self._on_add_references(client, m.AddReferences([identifier]))
-            if table.when_local(identifier, lambda i=identifier: self._deliver_wanted(client, i)):  # type: ignore[misc]
+            is_spilled = table.entries[identifier].state == SPILLED
+            if table.when_local(identifier, partial(self._deliver_wanted, client, identifier)):
+                self.surveys.hits += 1
                 self._send_object(client, table.entries[identifier])
             else:
+                self.surveys.misses += is_spilled
                 client.wanted.add(identifier)
         if message.blocks:
             self._block_if_waiting(client)
@@ -414,10 +474,16 @@ class RayletCore:
         if client.worker is not None and (client.wanted or client.watched):
             self.pool.on_blocked(client.worker)
 
-    def _deliver_wanted(self, client: Client, identifier: bytes) -> None:
-        if identifier in client.wanted:
-            client.wanted.discard(identifier)
-            self._send_object(client, self.table.entries[identifier])
+    def _deliver_wanted(self, client: Client, identifier: bytes, error: bytes | None) -> None:
+        if identifier not in client.wanted:
+            return
+        client.wanted.discard(identifier)
+        if error is not None:
+            self._out.to_client(client, m.InlineObject(identifier, error))
+        else:
+            entry = self.table.entries[identifier]
+            self.surveys.misses += entry.state == HERE and not entry.is_primary
+            self._send_object(client, entry)
 
     def _send_object(self, client: Client, entry: Entry) -> None:
         if entry.state == INLINE:
@@ -444,11 +510,15 @@ class RayletCore:
 
     def _on_watch(self, client: Client, message: m.Watch) -> None:
         ready: list[bytes] = []
-        when = self.table.when_local if message.fetch else self.table.when_exists
         for identifier in message.ids:
             if identifier not in client.held:
                 self._on_add_references(client, m.AddReferences([identifier]))
-            if when(identifier, lambda i=identifier: self._tell_ready(client, i)):  # type: ignore[misc]
+            if (
+                # No room for it here means ready, too: who gets it is told why it cannot be brought.
+                self.table.when_local(identifier, lambda _, i=identifier: self._tell_ready(client, i))  # type: ignore[misc]
+                if message.fetch
+                else self.table.when_exists(identifier, partial(self._tell_ready, client, identifier))
+            ):
                 ready.append(identifier)
             else:
                 client.watched.add(identifier)
@@ -659,12 +729,6 @@ class RayletCore:
         for identifier in message.ids:
             self.table.on_free(identifier)
 
-    def _on_pull_failed(self, rank: int, message: m.PullFailed) -> None:
-        if message.tag == 0:
-            self.transfers.on_map_failed(message.id, rank)
-        else:
-            self._out.pull_failed(rank, message.tag)
-
     def _on_job_ended(self, rank: int, message: m.JobEnded) -> None:
         def is_of_job(template: bytes) -> bool:
             return self.templates[template].job == message.job
@@ -681,14 +745,30 @@ class RayletCore:
         if message.topic == "ping":
             self._out.to_client(client, m.Answer(message.number, ok=True, payload=b""))
             return
+        if message.topic in TOPICS:
+            self.surveys.ask(client, message)
+            return
         if message.topic == "available_resources" and self.gcs is not None:
             self._reported = self._load()
             self.gcs.on_message(self.rank, self._reported)
         self.to_gcs(m.Ask(client.number, message.number, message.topic, message.arguments))
 
     def _on_told(self, rank: int, message: m.Told) -> None:
-        if (client := self.clients.get(message.client)) is not None:
-            self._out.to_client(client, m.Answer(message.number, message.ok, message.payload))
+        self.answer(message.client, m.Answer(message.number, message.ok, message.payload))
+
+    def answer(self, client: int, answer: m.Answer) -> None:
+        """Bring a client the answer to its query, if it still lives."""
+        if (asker := self.clients.get(client)) is not None:
+            self._out.to_client(asker, answer)
+
+    def client_name(self, client: Client) -> str:
+        """A driver or worker and what it does, for people."""
+        if (worker := client.worker) is None:
+            return f"driver {client.pid}"
+        template = worker.template
+        if worker.actor is not None and (actor := self.hosted.actors.get(worker.actor)) is not None:
+            template = actor.template
+        return f"worker {client.pid}" + ("" if template is None else f" ({self.templates[template].name})")
 
     # --------------------------------------------------------------------------------------------------------- turns
     def on_peer_message(self, rank: int, message: m.PeerMessage) -> bool:
@@ -703,12 +783,13 @@ class RayletCore:
         """Place, dispatch and report what this turn changed, until nothing is left to do inside this rank."""
         self.now = now
         tasks, pool = self.tasks, self.pool
-        if self.memory.is_waited_for:
-            self.memory.expire(now)
+        self.table.end_turn(now)
         while True:
+            if self.surveys.asked:
+                self.surveys.answer(now)
             if tasks.has_work:
                 tasks.place()
-            if pool.ready:
+            if pool.has_work:
                 pool.dispatch(now)
             if pool.end_idle_leases() and (pool.ready or tasks.queues):
                 continue  # what they held may be just what others wait for
@@ -770,6 +851,7 @@ class RayletCore:
     def check(self) -> None:
         """Raise InternalError if any part disagrees with another. Slow: tests and HPCRAY_CHECK=1."""
         self.table.check()
+        self.surveys.check()
         self.pool.check()
         held: dict[bytes, int] = {}
         for client in self.clients.values():

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 from hpcray import payload
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work, Worker
+from hpcray.raylet.dependencies import Dependencies
 from hpcray.raylet.ledger import Ledger
 from hpcray.resources import UNIT, Shape
 from hpcray.store.entry import HERE, INLINE, MAPPED, Entry
@@ -30,6 +32,8 @@ QUEUED_SECONDS = 0.002
 MAX_DEPTH = 64
 LEASE_SECONDS = 0.01
 """After so long a lease is not refilled while another class waits for resources."""
+MOST_CALLS = 1 << 30
+"""Calls that actors may have at a time: they run in turn, whatever else does."""
 FREE_WORKERS = 64
 """Workers that a class which asks for no resources may have at a time, blocked ones aside: nothing else bounds them."""
 
@@ -59,42 +63,15 @@ class Pool:
         """Classes for which there was no room at all and that might have some if leases of others ended."""
         self._drained: list[Worker] = []
         self._seconds: dict[bytes, float] = {}
-        self._fetching: dict[bytes, int] = {}
-        """Per class, how much work waits for its arguments to arrive."""
+        self.arguments = Dependencies(table, self._runs_anything)
         self.keep_idle = max(1, ledger.total.get("CPU", 0) // UNIT)
 
     # ------------------------------------------------------------------------------------------------------------ work
     def accept(self, work: Work) -> None:
-        """Take over a piece of work: fetch its arguments, then queue it."""
-        if work.dependencies and not self.has_arguments(work, lambda: self.push(work)):
+        """Take over a piece of work: have its arguments brought, then queue it."""
+        if work.dependencies and not self.arguments.add(work, partial(self._push_first, work)):
             return
         self.push(work)
-
-    def has_arguments(self, work: Work, then: Callable[[], None]) -> bool:
-        """True if all arguments are on this node; else they are fetched and `then()` is called."""
-        table = self._table
-
-        def arrived() -> None:
-            work.missing -= 1
-            if work.missing == 0:
-                self._count_fetching(work, -1)
-                then()
-
-        for dependency in work.dependencies:
-            if isinstance(dependency, m.RemoteDependency):
-                table.references.add_guest(dependency.id)
-                table.learn_copies(dependency.id, dependency.size, dependency.ranks)
-                if not table.when_local(dependency.id, arrived):
-                    work.missing += 1
-        if work.missing:
-            self._count_fetching(work, +1)
-        return work.missing == 0
-
-    def _count_fetching(self, work: Work, change: int) -> None:
-        if count := self._fetching.get(work.template, 0) + change:
-            self._fetching[work.template] = count
-        else:
-            del self._fetching[work.template]
 
     def push(self, work: Work) -> None:
         """Queue work whose arguments are here."""
@@ -102,6 +79,17 @@ class Pool:
         if queue is None:
             queue = self.ready[work.template] = deque()
         queue.append(work)
+
+    def _push_first(self, work: Work) -> None:
+        self.ready.setdefault(work.template, deque()).appendleft(work)
+
+    def _next_ready(self, queue: deque[Work]) -> Work | None:
+        """Take the first of a queue whose arguments are (still) here; those whose are not wait for them."""
+        while queue:
+            work = queue.popleft()
+            if not work.dependencies or self.arguments.take(work, partial(self._push_first, work)):
+                return work
+        return None
 
     def depth(self, template: bytes) -> int:
         """How many tasks of this class a worker may have: the one that runs and those behind it."""
@@ -111,7 +99,13 @@ class Pool:
         return min(MAX_DEPTH, int(QUEUED_SECONDS / max(seconds, 1e-6)))
 
     def room(self, template: bytes) -> int:
-        """How many more tasks of this class would find a place here now, pipelining included."""
+        """How many more tasks of this class would find a place here now, those counted that wait for arguments."""
+        return max(0, self._places(template) - self.arguments.count_missing(template))
+
+    def _places(self, template: bytes) -> int:
+        """How many more could be handed over now than are ready, pipelining included."""
+        if not template:
+            return MOST_CALLS
         if self.ledger.is_overdrawn(self._out.template(template).resources):
             return 0
         depth = self.depth(template)
@@ -121,7 +115,7 @@ class Pool:
                 room += depth - len(worker.tasks)
         room += self._slots(template) * depth
         queue = self.ready.get(template)
-        return max(0, room - (len(queue) if queue else 0) - self._fetching.get(template, 0))
+        return room - (len(queue) if queue else 0)
 
     def _slots(self, template: bytes) -> int:
         if shape := self._out.template(template).resources:
@@ -129,7 +123,21 @@ class Pool:
         return max(0, FREE_WORKERS - sum(not worker.is_blocked for worker in self.leases.get(template, ())))
 
     def dispatch(self, now: float) -> None:
-        """Give ready work to workers, as far as resources and depth allow. Once per loop turn."""
+        """Give ready work to workers, as far as resources and depth allow, then bring what others lack. Once per loop turn."""
+        self._dispatch(now)
+        while self.arguments.is_waiting:
+            count = len(self.ready)
+            self.arguments.activate(self._places)
+            if len(self.ready) == count:
+                return
+            self._dispatch(now)  # what they lacked is on this node already, or cannot be had at all
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `dispatch` has something to do."""
+        return bool(self.ready) or self.arguments.is_waiting
+
+    def _dispatch(self, now: float) -> None:
         starving: set[bytes] = set()
         for template, queue in list(self.ready.items()):
             count = len(queue)
@@ -148,8 +156,8 @@ class Pool:
         is_overdrawn = self.ledger.is_overdrawn(spec.resources)
         while queue:
             if self._slots(template):
-                worker = self._open_lease(template, spec, now)
-                self._give(worker, queue.popleft())
+                if (work := self._next_ready(queue)) is not None:
+                    self._give(self._open_lease(template, spec, now), work)
                 continue
             worker_with_room = None
             for worker in leases:
@@ -163,9 +171,12 @@ class Pool:
                 break
             if worker_with_room is None:
                 return False
-            for _ in range(min(len(queue), max(1, (depth - len(worker_with_room.tasks)) // 2))):
-                self._give(worker_with_room, queue.popleft())
-        del self.ready[template]
+            for _ in range(max(1, (depth - len(worker_with_room.tasks)) // 2)):
+                if (work := self._next_ready(queue)) is None:
+                    break
+                self._give(worker_with_room, work)
+        if not self.ready[template]:
+            del self.ready[template]
         return True
 
     def _open_lease(self, template: bytes, spec: m.Template, now: float) -> Worker:
@@ -214,9 +225,12 @@ class Pool:
         if work.actor:
             worker.actor = work.actor
         self._out.run(worker, work, values)
+        self.arguments.hand_over(work)
 
     def values_for(self, worker: Worker, work: Work) -> list[m.Value] | bytes:
         """The arguments as the worker gets them, memory pinned for it; or the error of one that could not be had."""
+        if work.error is not None:
+            return work.error
         for dependency in work.dependencies:
             if isinstance(dependency, m.RemoteDependency):
                 entry = self._table.entries[dependency.id]
@@ -283,9 +297,22 @@ class Pool:
 
     def release_arguments(self, work: Work) -> None:
         """The work will not run here, or has run: its arguments may go."""
-        for dependency in work.dependencies:
-            if isinstance(dependency, m.RemoteDependency):
-                self._table.references.drop_guest(dependency.id)
+        self.arguments.release(work)
+
+    def withdraw(self, template: bytes, is_meant: Callable[[Work], bool]) -> None:
+        """Forget work of a class that no worker has yet, and that is meant."""
+        ready = self.ready.pop(template, ())
+        kept = deque(work for work in ready if not is_meant(work))
+        if kept:
+            self.ready[template] = kept
+        for work in [work for work in ready if is_meant(work)]:
+            self.release_arguments(work)
+        for work in self.arguments.missing(lambda work: work.template == template and is_meant(work)):
+            self.release_arguments(work)
+
+    def _runs_anything(self) -> bool:
+        workers = [worker for leases in self.leases.values() for worker in leases]
+        return any(worker.tasks and not worker.is_blocked for worker in workers)
 
     def on_handed_back(self, worker: Worker, tasks: Iterable[bytes]) -> None:
         """A worker that blocks returned tasks which it had not started: they go first."""
@@ -334,13 +361,13 @@ class Pool:
 
     def drop_job(self, is_of_job: Callable[[bytes], bool]) -> None:
         """Forget what waits for workers and belongs to an ended job."""
-        for template in list(self.ready):
-            if is_of_job(template) and self._out.template(template).actor is None:
-                for work in self.ready.pop(template):
-                    self.release_arguments(work)
+        for template in {*self.ready, *(work.template for work in self.arguments.missing(lambda _: True))}:
+            if template and is_of_job(template) and self._out.template(template).actor is None:
+                self.withdraw(template, lambda _: True)
 
     def check(self) -> None:
         """Raise InternalError if leases, workers and ledger disagree. Slow: tests and HPCRAY_CHECK=1."""
+        self.arguments.check()
         held: Shape = {}
         for template, workers in self.leases.items():
             for worker in workers:

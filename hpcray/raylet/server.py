@@ -38,7 +38,10 @@ from hpcray.raylet.lanes import Key
 from hpcray.raylet.processes import ForkServer, ServerEnded
 from hpcray.raylet.workers import WorkerProcesses, exit_code
 from hpcray.store.arena import CONTROL_PAGE, Arena
+from hpcray.store.entry import Extent
 from hpcray.store.memory import Block
+from hpcray.store.pulls import Done, Transfer
+from hpcray.store.spillfiles import SpillFiles
 from hpcray.transport.poller import EventLoop
 from hpcray.worker.functions import content_id
 
@@ -67,6 +70,7 @@ class RankServer:
         arena: This rank's arena.
         forks: This rank's fork server.
         config: The settings.
+        spill_dir: Directory for objects that do not fit into memory.
         log_dir: Directory for full logs, or None.
     """
 
@@ -80,6 +84,7 @@ class RankServer:
         arena: Arena,
         forks: ForkServer,
         config: Config,
+        spill_dir: str,
         log_dir: str | None,
     ) -> None:
         self.rank = rank
@@ -106,6 +111,7 @@ class RankServer:
         self._has_news = True
         """Whether something happened in this turn that the core may act on."""
         self._timer_at: float | None = None
+        self._spill_files = SpillFiles(spill_dir, lambda block: arena.view(block.offset, block.size), self._call_soon)
         self._logs = LogFiles(log_dir, nodes[rank].host, rank) if log_dir else None
         self.core = RayletCore(
             rank,
@@ -163,6 +169,7 @@ class RankServer:
         self._forks.end_children()
         for channel in list(self._channels.values()):
             channel.close()
+        self._spill_files.close()
         if self._logs is not None:
             self._logs.close()
 
@@ -173,7 +180,7 @@ class RankServer:
             core.end_turn(self.loop.now)
             if self._config.check:
                 core.check()
-            self._set_timer(core.memory.next_expiry)
+            self._set_timer(core.table.next_expiry)
             self._set_timer(core.report_due)
         for channel in self._dirty:
             channel.flush()
@@ -231,13 +238,34 @@ class RankServer:
         assert self.transport is not None
         return self.transport.new_tag(rank)
 
-    def receive(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
+    def receive(self, transfer: Transfer, done: Done) -> None:
         assert self.transport is not None
-        self.transport.receive_into(rank, tag, self._view(block), self._telling(done))
+        rank, tag, filling = transfer.rank, transfer.tag, transfer.filling
+        self.transport.receive_into(rank, tag, self._view(transfer), self._telling(done), filling)
 
-    def serve(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
+    def end_receive(self, rank: int, tag: int, size: int, why: str) -> None:
         assert self.transport is not None
-        self.transport.send_from(rank, tag, self._view(block), self._telling(done))
+        self.transport.end_receive(rank, tag, size, why)
+
+    def serve(self, transfer: Transfer, done: Done) -> None:
+        assert self.transport is not None
+        self.transport.send_from(
+            transfer.rank,
+            transfer.tag,
+            self._view(transfer),
+            self._telling(done),
+            priority=transfer.urgency,
+            filling=transfer.filling,
+            start=transfer.start,
+        )
+
+    def hasten(self, rank: int, tag: int, urgency: int) -> None:
+        assert self.transport is not None
+        self.transport.hasten(rank, tag, urgency)
+
+    def end_serve(self, rank: int, tag: int, why: str) -> int:
+        assert self.transport is not None
+        return self.transport.end_send(rank, tag, why)
 
     def join(self, worker: Client, key: Key, *, is_leased: bool) -> bool:
         """Make a socket between a worker and a driver of this host; False if the driver's end cannot be handed over."""
@@ -276,12 +304,25 @@ class RankServer:
 
         return told
 
-    def pull_failed(self, rank: int, tag: int) -> None:
-        assert self.transport is not None
-        self.transport.cancel_receive(rank, tag, "the holder has no such object any more")
+    def spill(self, blocks: list[Block], done: Callable[[list[Extent], str | None], None]) -> None:
+        self._spill_files.spill(blocks, done)
 
-    def _view(self, block: Block) -> memoryview:
-        return self.arenas[block.rank].view(block.offset, block.size)
+    def restore(self, extent: Extent, block: Block, done: Callable[[str | None], None]) -> None:
+        self._spill_files.restore(extent, block, done)
+
+    def forget(self, extent: Extent) -> None:
+        self._spill_files.forget(extent)
+
+    def _call_soon(self, callback: Callable[[], None]) -> None:
+        def call() -> None:
+            self._has_news = True
+            callback()
+
+        self.loop.call_soon_threadsafe(call)
+
+    def _view(self, transfer: Transfer) -> memoryview:
+        block, start = transfer.block, transfer.start
+        return self.arenas[block.rank].view(block.offset + start, block.size - start)
 
     def show(self, lines: m.LogLines) -> None:
         """Bring lines to the drivers they are for."""

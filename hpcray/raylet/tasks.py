@@ -94,7 +94,7 @@ class Tasks:
         task = Task(message, template)
         self.tasks[task.id] = task
         for index in range(1, task.num_returns + 1):
-            self._references.create(object_id(task.id, index))
+            self._references.create(object_id(task.id, index)).maker = task.template
         hold_all(self._references, task.nested)
         if task.dependencies:
             hold_all(self._references, task.dependencies)

@@ -2,10 +2,13 @@
 
 Rules:
   1. A block goes back to the allocator when it was abandoned *and* its last pin is gone.
-  2. Creators are served in the order of their asking: a small request waits behind a large one, which never starves.
-  3. Where there is no room, unused copies go first, the oldest first, but none that somebody looks at (`_find_victim`).
-     If there is none to go either, the creator waits: whatever gives a block back, ends the last pin on an unused copy, or
-     makes a copy unused, serves the creators again. One whose time is over is told so (`expire`).
+  2. Creators are served in the order of their asking: a small request waits behind a large one, which never starves. So
+     nothing that comes free is taken by anybody behind the one that waits for it.
+  3. Where there is no room, blocks without pins leave, those least recently looked at first: unused copies, then copies that
+     others have too, then primary copies that are on disk as well. If that is not enough, the creator waits, and the keeper
+     is told, once per turn, how much is waited for (`on_pressure`): it spills.
+  4. A creator waits until, for `patience` seconds, nothing has come free; then it is told so. One that asks for more than the
+     arena has is told at the end of the turn.
 
 Blocks in arenas of other ranks of this host are pinned here as well; the last pin on them goes back to that rank.
 """
@@ -13,8 +16,8 @@ Blocks in arenas of other ranks of this host are pinned here as well; the last p
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeAlias
 
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
@@ -24,7 +27,7 @@ from hpcray.store.allocator import Allocator
 class Block:
     """Memory of one object in some arena of this host. `dead`: to be given back when `pins` reaches zero."""
 
-    __slots__ = ("dead", "id", "offset", "pins", "rank", "size")
+    __slots__ = ("dead", "id", "is_recalled", "offset", "pins", "queue", "rank", "size")
 
     def __init__(self, identifier: bytes, rank: int, offset: int, size: int) -> None:
         self.id = identifier
@@ -33,6 +36,14 @@ class Block:
         self.size = size
         self.pins = 0
         self.dead = False
+        self.queue: Queue | None = None
+        """Where it waits for its turn to leave while it has no pins; None: it is being written, or not ours."""
+        self.is_recalled = False
+        """It lies in another rank's arena, which wants it back when nobody here looks at it any more."""
+
+
+Queue: TypeAlias = OrderedDict[bytes, Block]
+"""Blocks without pins by object, those least recently looked at first."""
 
 
 class MemoryOut(Protocol):
@@ -41,55 +52,84 @@ class MemoryOut(Protocol):
     def send(self, rank: int, message: m.PeerMessage) -> None: ...
 
 
-class Evictor(Protocol):
+class Keeper(Protocol):
     """Who knows what lies in the blocks."""
 
-    def on_evicted(self, identifier: bytes) -> None:
-        """The unused copy of this object is gone."""
+    def on_evicted(self, block: Block) -> None:
+        """This block made room for something else."""
 
-    def count_stored(self) -> int:
-        """How many objects lie in this arena."""
+    def on_pressure(self, needed: int, now: float) -> None:
+        """So many bytes are waited for, and nothing that could simply go is left."""
+
+    def on_idle(self, block: Block) -> None:
+        """Nobody here looks any more at this block of another rank, which wants it back."""
 
 
-class _Creator(NamedTuple):
+class _Creator:
     """Somebody who waits for room."""
 
-    id: bytes
-    size: int
-    deadline: float
-    then: Callable[[Block | None], None]
+    __slots__ = ("id", "since", "size", "then")
+
+    def __init__(self, identifier: bytes, size: int, then: Callable[[Block | None], None]) -> None:
+        self.id = identifier
+        self.size = size
+        self.since = float("inf")
+        """When it began to wait; known at the end of the turn."""
+        self.then = then
 
 
 class Memory:
-    """The arena of one raylet, as offsets: a pure core, see the module's rules."""
+    """The arena of one raylet, as offsets: a pure core, see the module's rules.
 
-    def __init__(self, rank: int, allocator: Allocator, out: MemoryOut, evictor: Evictor) -> None:
+    Args:
+        patience: Seconds without anything coming free, after which a creator is told that there is no room.
+    """
+
+    def __init__(self, rank: int, allocator: Allocator, out: MemoryOut, keeper: Keeper, patience: float) -> None:
         self._rank = rank
         self._allocator = allocator
         self._out = out
-        self._evictor = evictor
-        self.unused: OrderedDict[bytes, Block] = OrderedDict()
-        """Copies that nothing here refers to and others have too, by object, in the order in which they became so."""
+        self._keeper = keeper
+        self._patience = patience
+        self.unused: Queue = OrderedDict()
+        """Copies that nothing here refers to and others have too."""
+        self.copies: Queue = OrderedDict()
+        """Copies that something here refers to and others have too."""
+        self.backed: Queue = OrderedDict()
+        """Primary copies that are on disk as well."""
+        self.primaries: Queue = OrderedDict()
+        """Primary copies that are nowhere else."""
         self._creators: deque[_Creator] = deque()
+        self._refused: list[_Creator] = []
+        """Those who are to be told that there is no room."""
+        self._freed_at = float("-inf")
+        self._has_freed = False
 
     # ---------------------------------------------------------------------------------------------------------- looking
     def pin(self, block: Block) -> None:
         """Somebody looks at this memory: it stays until `unpin`."""
+        if not block.pins and block.queue is not None:
+            del block.queue[block.id]
         block.pins += 1
 
     def unpin(self, block: Block) -> None:
         """One who looks less."""
         block.pins -= 1
-        if block.pins == 0:
-            if block.dead:
-                self._give_back(block)
-            elif block.id in self.unused:
-                self._serve_creators()
+        if block.pins:
+            return
+        if block.dead:
+            self._give_back(block)
+        elif block.queue is not None:
+            block.queue[block.id] = block
+            self._serve_creators()
+        elif block.is_recalled:
+            self._keeper.on_idle(block)
 
     def abandon(self, block: Block) -> None:
         """Nothing refers to this memory any more; it goes back when the last pin is gone."""
+        self._put_in(block, None)
         block.dead = True
-        if block.pins == 0:
+        if not block.pins:
             self._give_back(block)
 
     def _give_back(self, block: Block) -> None:
@@ -97,90 +137,134 @@ class Memory:
             self._out.send(block.rank, m.UnmapObject(block.id))
             return
         self._allocator.free(block.offset)
+        self._has_freed = True
         self._serve_creators()
+
+    # ------------------------------------------------------------------------------------------------- what may leave
+    def offer(self, block: Block) -> None:
+        """A copy that nothing here refers to any more: it goes before all others."""
+        self._put_in(block, self.unused)
+
+    def keep_copy(self, block: Block) -> None:
+        """A copy that something here refers to (again)."""
+        self._put_in(block, self.copies)
+
+    def keep_primary(self, block: Block, *, is_on_disk: bool = False) -> None:
+        """The copy that must not be lost."""
+        self._put_in(block, self.backed if is_on_disk else self.primaries)
+
+    def _put_in(self, block: Block, queue: Queue | None) -> None:
+        if block.queue is queue:
+            return
+        if block.queue is not None and not block.pins:
+            del block.queue[block.id]
+        block.queue = queue
+        if queue is not None and not block.pins:
+            queue[block.id] = block
+            self._serve_creators()
 
     # ------------------------------------------------------------------------------------------------------------- room
-    def reserve(self, identifier: bytes, size: int, deadline: float, then: Callable[[Block | None], None]) -> None:
-        """Call `then` with memory for the object, at once or when there is room; with None if there can be none by then."""
-        if size > self._allocator.size:
-            then(None)
-        elif not self._creators and (block := self._make_room(identifier, size)) is not None:
+    def reserve(
+        self, identifier: bytes, size: int, then: Callable[[Block | None], None], *, only_free: bool = False
+    ) -> None:
+        """Call `then` with memory for the object, at once or when there is room; with None if none comes.
+
+        That is not known before the end of the turn. With `only_free`, nothing else leaves for it, and it does not wait.
+        """
+        creator = _Creator(identifier, size, then)
+        if size > self._allocator.size or (only_free and (self._creators or self._allocator.largest_free < size)):
+            self._refused.append(creator)
+        elif not self._creators and (block := self._make_room(creator)) is not None:
             then(block)
         else:
-            self._creators.append(_Creator(identifier, size, deadline, then))
+            self._creators.append(creator)
 
-    def offer(self, block: Block) -> None:
-        """A copy that nothing here refers to any more: it may make room for others."""
-        self.unused[block.id] = block
-        self._serve_creators()
-
-    def withdraw(self, identifier: bytes) -> None:
-        """Something refers to the object again, or it is freed: its copy is not to be evicted, if there is one."""
-        self.unused.pop(identifier, None)
-
-    def expire(self, now: float) -> None:
-        """Tell creators whose time is over."""
-        late = [creator for creator in self._creators if creator.deadline <= now]
+    def on_turn(self, now: float) -> None:
+        """At the end of each turn in which somebody waits: have room made, and tell those whose time is over."""
+        refused, self._refused = self._refused, []
+        for creator in refused:
+            creator.then(None)
+        if self._creators:
+            self._keeper.on_pressure(sum(creator.size for creator in self._creators), now)
+        if self._has_freed:
+            self._has_freed = False
+            self._freed_at = now
+        for creator in self._creators:
+            creator.since = min(creator.since, now)
+        late = [creator for creator in self._creators if self._deadline(creator) <= now]
         if late:
-            self._creators = deque(creator for creator in self._creators if creator.deadline > now)
+            self._creators = deque(creator for creator in self._creators if self._deadline(creator) > now)
             for creator in late:
                 creator.then(None)
             self._serve_creators()
 
+    def note_progress(self) -> None:
+        """Room is being made: who waits may hope."""
+        self._has_freed = True
+
+    def _deadline(self, creator: _Creator) -> float:
+        return max(creator.since, self._freed_at) + self._patience
+
     @property
     def next_expiry(self) -> float | None:
-        """When `expire` should be called, if a creator waits."""
-        return min(creator.deadline for creator in self._creators) if self._creators else None
+        """When `on_turn` should be called, if a creator waits."""
+        due = min(map(self._deadline, self._creators), default=float("inf"))
+        return due if due < float("inf") else None
 
     @property
     def is_waited_for(self) -> bool:
         """Whether creators wait for room."""
-        return bool(self._creators)
+        return bool(self._creators or self._refused)
 
     def _serve_creators(self) -> None:
         while self._creators:
             first = self._creators[0]
-            block = self._make_room(first.id, first.size)
+            block = self._make_room(first)
             if block is None:
                 return
             self._creators.popleft()
             first.then(block)
 
-    def _make_room(self, identifier: bytes, size: int) -> Block | None:
-        while (offset := self._allocator.allocate(size)) is None:
-            victim = self._find_victim()
+    def _make_room(self, creator: _Creator) -> Block | None:
+        while (offset := self._allocator.allocate(creator.size)) is None:
+            victim = next(self._victims(), None)
             if victim is None:
                 return None
             self._evict(victim)
-        return Block(identifier, self._rank, offset, size)
+        return Block(creator.id, self._rank, offset, creator.size)
 
-    def _find_victim(self) -> Block | None:
-        return next((block for block in self.unused.values() if not block.pins), None)
+    def _victims(self) -> Iterator[Block]:
+        for queue in (self.unused, self.copies, self.backed):
+            yield from queue.values()
 
     def _evict(self, victim: Block) -> None:
-        del self.unused[victim.id]
+        self._put_in(victim, None)
         self._allocator.free(victim.offset)
-        self._evictor.on_evicted(victim.id)
+        self._has_freed = True
+        self._keeper.on_evicted(victim)
 
     # ---------------------------------------------------------------------------------------------------------- figures
+    @property
+    def size(self) -> int:
+        """Bytes of the arena."""
+        return self._allocator.size
+
     @property
     def in_use(self) -> int:
         """Bytes of the arena in blocks, those that are being written included."""
         return self._allocator.used
 
-    def why_full(self, size: int) -> str:
-        """What an `ObjectStoreFullError` says."""
-        free, largest, total = self._allocator.available, self._allocator.largest_free, self._allocator.size
-        return (
-            f"an object of {size:,} bytes does not fit: the object store of rank {self._rank} has {total:,} bytes, "
-            f"{free:,} free (largest piece {largest:,}), and {self._evictor.count_stored()} objects in it are still "
-            "referenced. Drop references (`del`), store less at a time, or give the store more: "
-            "init(object_store_memory=…) or --object-store-memory."
-        )
+    @property
+    def largest_free(self) -> int:
+        """Bytes of the largest free piece."""
+        return self._allocator.largest_free
 
     def check(self) -> None:
         """Raise InternalError if blocks and allocator disagree. Slow: tests and HPCRAY_CHECK=1."""
         self._allocator.check()
-        for identifier, block in self.unused.items():
-            if block.id != identifier or block.rank != self._rank or block.dead or block.pins < 0:
-                raise InternalError(f"rank {self._rank}: the unused copy of {identifier.hex()} is none")
+        for queue in (self.unused, self.copies, self.backed, self.primaries):
+            for identifier, block in queue.items():
+                if (block.id, block.rank, block.pins, block.dead) != (identifier, self._rank, 0, False):
+                    raise InternalError(f"rank {self._rank}: {identifier.hex()} may leave, but somebody looks at it")
+                if block.queue is not queue:
+                    raise InternalError(f"rank {self._rank}: {identifier.hex()} waits in the wrong queue")

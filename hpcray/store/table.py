@@ -2,6 +2,7 @@
 
     References  who refers to what                        (store/references.py)
     Memory      the blocks of this raylet's arena         (store/memory.py)
+    Spiller     primary copies that go to disk            (store/spilling.py)
     Transfers   copies on their way here and from here    (store/transfers.py)
 
 Rules:
@@ -10,6 +11,8 @@ Rules:
   3. An entry is known while something here refers to it, its bytes are here, or they are being fetched.
   4. Who waits is called exactly once: when the object exists (`when_exists`) or can be read on this node (`when_local`),
      be it only as an error that tells why not.
+  5. One rank has the primary copy, in its arena or on its disk. If the disk fails, it tells the home (`CopyLost`) and takes
+     another rank's copy in its place; where there is none, the error takes the object's place.
 """
 
 from __future__ import annotations
@@ -24,24 +27,29 @@ from hpcray.exceptions import InternalError
 from hpcray.ids import home_of
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import AWAY, HERE, INLINE, MAPPED, PENDING, Entry
+from hpcray.store.entry import AWAY, GET, HERE, INLINE, MAPPED, PENDING, PREFETCH, SPILLED, Entry, Extent, Fetcher
 from hpcray.store.memory import Block, Memory, MemoryOut
 from hpcray.store.references import References, ReferencesOut
+from hpcray.store.spilling import Spiller, SpillOut
 from hpcray.store.transfers import Transfers, TransfersOut
 
 
-class StoreOut(ReferencesOut, MemoryOut, TransfersOut, Protocol):
+class StoreOut(ReferencesOut, MemoryOut, TransfersOut, SpillOut, Protocol):
     """The only way out of the store."""
+
+    def holders(self) -> list[str]:
+        """Which clients hold memory of this arena, and how much, for people."""
 
 
 class ObjectTable:
     """The objects of one raylet: a pure core, see the module's rules."""
 
-    def __init__(self, rank: int, allocator: Allocator, out: StoreOut) -> None:
+    def __init__(self, rank: int, allocator: Allocator, out: StoreOut, *, patience: float) -> None:
         self.rank = rank
         self.entries: dict[bytes, Entry] = {}
         self.references = References(rank, self.entries, out, self)
-        self.memory = Memory(rank, allocator, out, self)
+        self.memory = Memory(rank, allocator, out, self, patience)
+        self.spiller = Spiller(self.memory, out, self)
         self.transfers = Transfers(rank, self.entries, self.memory, out, self)
         self._out = out
         self._due: deque[Callable[[], None]] = deque()
@@ -94,6 +102,7 @@ class ObjectTable:
 
     def _set_inline(self, entry: Entry, data: bytes) -> None:
         entry.state = INLINE
+        entry.is_primary = False
         entry.data = data
         entry.size = len(data)
         self._exists(entry)
@@ -127,19 +136,24 @@ class ObjectTable:
         self._ask_home(entry)
         return False
 
-    def when_local(self, identifier: bytes, action: Callable[[], None]) -> bool:
-        """True if the held object can be read on this node; else it is fetched and `action` is called then."""
+    def when_local(self, identifier: bytes, action: Fetcher, urgency: int = GET) -> bool:
+        """True if the held object can be read on this node; else it is brought here and `action` is called then."""
         entry = self.entries[identifier]
         if entry.state in (INLINE, HERE, MAPPED):
             return True
+        entry.urgency = min(entry.urgency, urgency)
         if entry.fetchers is None:
             entry.fetchers = []
             if entry.state == AWAY:
                 self.transfers.fetch(entry)
                 if entry.state != AWAY:
-                    return True  # no copy, or no arena as large as it: an error is at hand at once
+                    return True  # no copy: an error is at hand at once
+            elif entry.state == SPILLED:
+                self._restore(entry)
             else:
                 self._ask_home(entry)
+        elif entry.state == AWAY and not entry.is_stranded:
+            self.transfers.fetch(entry)  # it is on its way, but may be wanted more urgently now
         entry.fetchers.append(action)
         return False
 
@@ -150,17 +164,36 @@ class ObjectTable:
 
     def on_arrived(self, entry: Entry) -> None:
         """The object can be read on this node."""
-        fetchers, entry.fetchers = entry.fetchers, None
-        if fetchers is None:
-            return
-        for fetcher in fetchers:
-            fetcher()
-        if entry.id in self.entries:
-            self.references.settle(entry)
+        block = entry.block
+        if block is not None:
+            self.memory.pin(block)  # or it might make room for others before those who wait have looked at it
+            entry.data = b""
+            if entry.state == HERE and block.queue is None:
+                if entry.is_primary:
+                    self.memory.keep_primary(block, is_on_disk=entry.spilled is not None)
+                else:
+                    self.memory.keep_copy(block)
+        self._tell_fetchers(entry, None)
+        if block is not None:
+            self.memory.unpin(block)
 
     def on_failed(self, entry: Entry, error: bytes) -> None:
         """The object cannot be brought here: the error takes its place."""
         self._set_inline(entry, error)
+
+    def on_no_room(self, entry: Entry) -> None:
+        """No room came for it: whoever waits is told so. The object stays where it is."""
+        self._tell_fetchers(entry, payload.system_error("ObjectStoreFullError", self.why_full(entry.size)))
+
+    def _tell_fetchers(self, entry: Entry, error: bytes | None) -> None:
+        fetchers, entry.fetchers = entry.fetchers, None
+        entry.urgency = PREFETCH
+        if fetchers is None:
+            return
+        for fetcher in fetchers:
+            fetcher(error)
+        if self.entries.get(entry.id) is entry:
+            self.references.settle(entry)
 
     # -------------------------------------------------------------------------------------------------------- locating
     def _ask_home(self, entry: Entry) -> None:
@@ -181,7 +214,7 @@ class ObjectTable:
                 self._out.send(asker, m.Located(identifier, entry.data, len(entry.data), []))
             else:
                 ranks = set(entry.copies or ())
-                if entry.state == HERE:
+                if entry.state in (HERE, SPILLED):
                     ranks.add(self.rank)
                 self._out.send(asker, m.Located(identifier, None, entry.size, sorted(ranks)))
 
@@ -198,11 +231,31 @@ class ObjectTable:
             return
         if message.data is not None:
             self._set_inline(entry, message.data)
-        elif entry.state == PENDING:
-            self._set_away(entry, message.size, set(message.ranks))
+            return
+        # The home may not have heard yet that our copy is gone.
+        is_late = self.rank in message.ranks
+        ranks = set(message.ranks) - {self.rank}
+        if entry.state == PENDING:
+            self._set_away(entry, message.size, ranks)
+            return
+        entry.size = message.size  # a task has brought its place meanwhile: if it is wanted, it is being fetched
+        entry.copies = ranks
+        if entry.is_stranded:
+            entry.is_stranded = False
+            if ranks:
+                self.transfers.fetch(entry)
+            elif is_late:
+                self.on_stranded(entry)
+            else:
+                self.on_failed(entry, entry.data or _lost(entry.id))
+
+    def on_stranded(self, entry: Entry) -> None:
+        """None of the ranks known to have a copy has it any more: the home knows better, or it is lost."""
+        if home_of(entry.id) == self.rank:
+            self.on_failed(entry, entry.data or _lost(entry.id))
         else:
-            entry.size = message.size  # a task has brought its place meanwhile: if it is wanted, it is being fetched
-            entry.copies = set(message.ranks)
+            entry.is_stranded = True
+            self._ask_home(entry)
 
     # --------------------------------------------------------------------------------------------------------- freeing
     def on_unreachable(self, entry: Entry) -> None:
@@ -210,9 +263,11 @@ class ObjectTable:
         del self.entries[entry.id]
         if entry.block is not None:
             self.memory.abandon(entry.block)
+        self._forget_on_disk(entry)
         for rank in (entry.copies or set()) | (entry.mappers or set()):
             if rank != self.rank:
                 self._out.send(rank, m.Free([entry.id]))
+        self._tell_fetchers(entry, _freed_already(entry.id))
         if entry.nested:
             self._drop_all(entry.nested)
         if entry.on_free is not None:
@@ -221,15 +276,17 @@ class ObjectTable:
     def on_free(self, identifier: bytes) -> None:
         """The home says that nothing refers to the object: give up our copy or mapping."""
         entry = self.entries.get(identifier)
-        if entry is None or entry.block is None:
+        if entry is None or (entry.block is None and entry.spilled is None):
             return
-        self.memory.withdraw(identifier)
         block, entry.block = entry.block, None
         entry.state = PENDING
         entry.is_primary = False
-        self.memory.abandon(block)
-        if not (entry.holds or entry.guests or entry.fetchers):
+        if block is not None:
+            self.memory.abandon(block)
+        self._forget_on_disk(entry)
+        if not (entry.holds or entry.guests):
             del self.entries[identifier]
+        self._tell_fetchers(entry, _freed_already(identifier))
 
     def on_unused(self, entry: Entry) -> None:
         """Nothing here refers to an object homed elsewhere: forget it, unless its bytes are here or on their way."""
@@ -239,22 +296,17 @@ class ObjectTable:
             if not entry.is_primary:
                 assert entry.block is not None
                 self.memory.offer(entry.block)
-        elif entry.state != MAPPED:
+        elif entry.state not in (MAPPED, SPILLED):
             del self.entries[entry.id]
 
     def on_used(self, entry: Entry) -> None:
         """Something here refers to it (again): its copy is no unused one."""
-        if entry.block is not None:
-            self.memory.withdraw(entry.id)
+        if entry.block is not None and entry.block.queue is self.memory.unused:
+            self.memory.keep_copy(entry.block)
 
     def on_forgotten(self, entry: Entry) -> None:
         """Something refers to an object of ours that was freed: it gets an error instead of waiting for ever."""
         self._set_inline(entry, _freed_already(entry.id))
-
-    def on_evicted(self, identifier: bytes) -> None:
-        """An unused copy made room for something else."""
-        del self.entries[identifier]
-        self._out.send(home_of(identifier), m.CopyDropped(identifier))
 
     def _drop_all(self, identifiers: Iterable[bytes]) -> None:
         self._do([partial(self.references.drop, identifier) for identifier in identifiers])
@@ -272,6 +324,155 @@ class ObjectTable:
         finally:
             self._is_acting = False
 
+    # -------------------------------------------------------------------------------------------------------- pressure
+    def on_evicted(self, block: Block) -> None:
+        """A copy made room for something else."""
+        entry = self.entries[block.id]
+        entry.block = None
+        if entry.spilled is not None:
+            entry.state = SPILLED
+            return
+        home = home_of(entry.id)
+        if home != self.rank:
+            self._out.send(home, m.CopyDropped(entry.id))
+        if home == self.rank or entry.holds or entry.guests:
+            entry.state = AWAY
+        else:
+            del self.entries[entry.id]
+
+    def on_pressure(self, needed: int, now: float) -> None:
+        """Creators wait for so many bytes: spill, and have other ranks of this host let go of what they only map."""
+        self.spiller.relieve(needed, now)
+        if self.spiller.under_way < needed:
+            self.transfers.recall(needed - self.spiller.under_way)
+
+    def on_recall(self, identifier: bytes, owner: int) -> None:
+        """Another rank of this host has no room: unmap its block as soon as nobody here looks at it."""
+        entry = self.entries.get(identifier)
+        if entry is None or entry.state != MAPPED or entry.block is None or entry.block.rank != owner:
+            return  # it was unmapped meanwhile, which the owner will hear
+        entry.block.is_recalled = True
+        if not entry.block.pins:
+            self.on_idle(entry.block)
+
+    def on_idle(self, block: Block) -> None:
+        """Nobody here looks any more at memory that its owner wants back."""
+        entry = self.entries[block.id]
+        entry.block = None
+        entry.state = AWAY
+        entry.copies = (entry.copies or set()) | {block.rank}
+        self.memory.abandon(block)
+        self.references.settle(entry)
+
+    def on_spilled(self, block: Block, extent: Extent) -> bool:
+        """A primary copy is on disk too, if it is still wanted."""
+        entry = self.entries.get(block.id)
+        if entry is None or entry.block is not block:
+            return False
+        entry.spilled = extent
+        self.memory.keep_primary(block, is_on_disk=True)
+        return True
+
+    def _restore(self, entry: Entry) -> None:
+        extent = entry.spilled
+        is_prefetch = entry.urgency == PREFETCH
+        assert extent is not None
+
+        def with_room(block: Block | None) -> None:
+            if self.entries.get(entry.id) is not entry or entry.spilled is not extent:
+                if block is not None:
+                    self.memory.abandon(block)  # freed while it waited for room
+            elif block is None and is_prefetch and entry.urgency < PREFETCH:
+                self._restore(entry)  # it is needed now
+            elif block is None:
+                self.on_no_room(entry)
+            else:
+                self.spiller.restore(extent, block, lambda error: done(block, error))
+
+        def done(block: Block, error: str | None) -> None:
+            if self.entries.get(entry.id) is not entry or entry.spilled is not extent:
+                self.memory.abandon(block)
+            elif error is None:
+                entry.state = HERE
+                entry.block = block
+                self.on_arrived(entry)
+            else:
+                self.memory.abandon(block)
+                self._lose_spilled(entry, error)
+
+        self.memory.reserve(entry.id, entry.size, with_room, only_free=is_prefetch)
+
+    def _lose_spilled(self, entry: Entry, why: str) -> None:
+        error = payload.system_error("ObjectLostError", _unreadable_text(entry.id, why), entry.id.hex())
+        self._forget_on_disk(entry)
+        entry.state = AWAY
+        entry.data = error
+        entry.copies = (entry.copies or set()) - {self.rank}
+        home = home_of(entry.id)
+        if home != self.rank:
+            self._out.send(home, m.CopyLost(entry.id, error))
+        elif not entry.copies:
+            self.on_failed(entry, error)
+            return
+        self.transfers.fetch(entry)
+
+    def on_copy_lost(self, message: m.CopyLost, holder: int) -> None:
+        """At home: the rank with the primary copy could not read it back."""
+        entry = self.entries.get(message.id)
+        if entry is None:
+            return
+        if entry.copies:
+            entry.copies.discard(holder)
+        if entry.state == AWAY:
+            entry.data = message.error
+        if entry.state == HERE:
+            assert entry.block is not None
+            entry.is_primary = True
+            self.memory.keep_primary(entry.block, is_on_disk=entry.spilled is not None)
+        elif entry.state == AWAY and not entry.copies:
+            self.on_failed(entry, message.error)
+
+    def _forget_on_disk(self, entry: Entry) -> None:
+        extent, entry.spilled = entry.spilled, None
+        if extent is not None:
+            self.spiller.forget(extent)
+
+    def end_turn(self, now: float) -> None:
+        """At the end of each turn: have room made for those who wait for it."""
+        if self.memory.is_waited_for:
+            self.memory.on_turn(now)
+        if self.transfers.pulls.is_waiting:
+            self.transfers.pulls.pump()  # memory may have come free
+
+    @property
+    def next_expiry(self) -> float | None:
+        """When `end_turn` should be called next, if somebody waits for room."""
+        due = self.memory.next_expiry
+        return due if due is None or self.spiller.retry_at is None else min(due, self.spiller.retry_at)
+
+    def why_full(self, size: int) -> str:
+        """What an `ObjectStoreFullError` says of an object for which there was no room."""
+        memory = self.memory
+        text = (
+            f"an object of {size:,} bytes does not fit: the object store of rank {self.rank} has {memory.size:,} bytes"
+        )
+        if size > memory.size:
+            return text + " in all. Give the store more: init(object_store_memory=…) or --object-store-memory."
+        text += f", {memory.size - memory.in_use:,} of them free (the largest piece {memory.largest_free:,}). "
+        held = [*self._out.holders()]
+        if mapped := self.transfers.bytes_mapped_out:
+            held.append(f"{mapped:,} bytes are mapped by other ranks of this host")
+        if queued := sum(block.size for block in memory.primaries.values()):
+            why = f"could not be spilled ({self.spiller.error})" if self.spiller.error else "are not spilled yet"
+            held.append(f"{queued:,} bytes {why}")
+        if writing := self.spiller.under_way:
+            held.append(f"{writing:,} bytes are being spilled")
+        return (
+            f"{text}It holds {self.count_stored()} objects; {'; '.join(held) or 'nobody holds them'}. Drop what is not "
+            "needed (`del`: an array from `get` keeps its object in the store), get less at a time, or give the store "
+            "more: init(object_store_memory=…) or --object-store-memory."
+        )
+
     # ----------------------------------------------------------------------------------------------------------- state
     def count_stored(self) -> int:
         """How many objects lie in this arena."""
@@ -286,15 +487,41 @@ class ObjectTable:
             problems = [
                 entry.id != identifier and "is filed under another id",
                 (entry.state in (HERE, MAPPED)) != (entry.block is not None) and "disagrees with its block",
+                entry.state == SPILLED and entry.spilled is None and "is spilled nowhere",
+                entry.spilled is not None and not entry.is_primary and "is a copy, and on disk",
+                entry.spilled is not None and entry.state not in (HERE, SPILLED) and "is on disk and elsewhere",
+                entry.state == HERE and entry.block is not None and self._misplaced(entry, entry.block),
             ]
             for problem in filter(None, problems):
                 raise InternalError(f"rank {self.rank}: object {identifier.hex()} {problem}")
-        for identifier, block in self.memory.unused.items():
-            copy = self.entries.get(identifier)
-            if copy is None or copy.block is not block or copy.holds or copy.guests or copy.is_primary:
-                raise InternalError(f"rank {self.rank}: object {identifier.hex()} is offered for eviction")
+        on_disk = sum(entry.spilled.size for entry in self.entries.values() if entry.spilled is not None)
+        if on_disk != self.spiller.bytes_on_disk:
+            raise InternalError(f"rank {self.rank}: {self.spiller.bytes_on_disk} bytes on disk, {on_disk} of objects")
+
+    def _misplaced(self, entry: Entry, block: Block) -> str:
+        memory = self.memory
+        if entry.is_primary:
+            right = memory.primaries if entry.spilled is None else memory.backed
+        elif entry.holds or entry.guests or home_of(entry.id) == self.rank:
+            right = memory.copies
+        else:
+            right = memory.unused
+        return "" if block.queue is right else "waits to make room in the wrong queue"
 
 
 def _freed_already(identifier: bytes) -> bytes:
     text = f"object {identifier.hex()} was freed before: no reference to it was held when this one was used"
     return payload.system_error("ObjectLostError", text, identifier.hex())
+
+
+def _lost(identifier: bytes) -> bytes:
+    text = f"object {identifier.hex()} was lost: no rank holds a copy any more"
+    return payload.system_error("ObjectLostError", text, identifier.hex())
+
+
+def _unreadable_text(identifier: bytes, why: str) -> str:
+    return (
+        f"object {identifier.hex()} was lost: it had been spilled to disk and could not be read back: {why}. Nobody else had a "
+        "copy. Look at the disk, choose another directory (--spill-dir), or give the store more memory "
+        "(--object-store-memory), so that less is spilled."
+    )

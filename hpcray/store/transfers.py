@@ -1,44 +1,60 @@
-"""Bringing copies of objects to this node, and serving those that are here to others.
+"""Serving the objects that are here to other ranks, and what each raylet knows of the others' copies. A pure core.
+
+What comes here is the affair of `Pulls` (pulls.py), which shares it with whoever wants it from here:
+
+    receiver ── Pull ──→ holder         ── the bytes ──→                  at most FANOUT receivers of an object at a time
+    receiver ←─ PullFrom ── holder      "have it from that rank"          the others form a tree below these
+    mapper   ── MapObject ──→ owner     ── ObjectMapped ──→               ranks of one host
 
 Rules:
-  1. An entry that is AWAY and has `fetchers` is being fetched by exactly one message (`MapObject` or `Pull`) or waits for
-     room. Whatever comes of it, `on_arrived`, `on_failed` or the next source follows.
-  2. A copy on this host is mapped, never moved. Who maps a block has it pinned until it says `UnmapObject`.
+  1. Who is sent an object has its block pinned until the last chunk has left; who maps one, until it says `UnmapObject`.
+  2. What is still arriving is served behind its own reception, but only to those that our own source has sent here, and to
+     ranks of this host, once it is here.
   3. The home hears of each copy (`CopyAdded`, `CopyDropped`) and frees them all. What arrives too late for that is given
      back by whoever notices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from hpcray import payload
 from hpcray.exceptions import InternalError
-from hpcray.ids import home_of
 from hpcray.protocol import messages as m
-from hpcray.store.entry import AWAY, HERE, MAPPED, Entry
+from hpcray.store import pulls
+from hpcray.store.entry import SPILLED, Entry, Fetcher
 from hpcray.store.memory import Block, Memory
+from hpcray.store.pulls import NOBODY, Done, Filling, Pulls, PullsOut, Transfer
+
+FANOUT = 2
+"""Receivers of one object that a rank serves at a time; the next are sent on to these."""
 
 
-class TransfersOut(Protocol):
+class TransfersOut(PullsOut, Protocol):
     """The only way out of the raylet."""
 
-    def send(self, rank: int, message: m.PeerMessage) -> None: ...
-    def is_same_host(self, rank: int) -> bool: ...
-    def new_tag(self, rank: int) -> int: ...
-    def receive(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None: ...
-    def serve(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None: ...
+    def serve(self, transfer: Transfer, done: Done) -> None: ...
+    def hasten(self, rank: int, tag: int, urgency: int) -> None: ...
+    def end_serve(self, rank: int, tag: int, why: str) -> int:
+        """Send no more of a transfer, `done(why)` follows when what was sent has left: so many bytes."""
 
 
-class Receiver(Protocol):
+class Receiver(pulls.Receiver, Protocol):
     """Who waits for what is fetched."""
 
-    def on_arrived(self, entry: Entry) -> None:
-        """The object can be read on this node."""
+    def when_local(self, identifier: bytes, action: Fetcher) -> bool:
+        """True if the object can be read on this node; else it is brought here and `action` is called then."""
 
-    def on_failed(self, entry: Entry, error: bytes) -> None:
-        """It cannot be had: the payload of an error takes its place."""
+
+class _Serving:
+    """One receiver that is being sent an object."""
+
+    __slots__ = ("block", "sent_on")
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.sent_on = 0
+        """How many others were told to have it from this receiver."""
 
 
 class Transfers:
@@ -52,104 +68,125 @@ class Transfers:
         self._memory = memory
         self._out = out
         self._receiver = receiver
+        self.pulls = Pulls(rank, entries, memory, out, receiver, self)
+        self.sent_bytes = 0
+        self._servings: dict[bytes, dict[tuple[int, int], _Serving]] = {}
+        """By object, and by receiver and tag."""
         self._mapped_out: dict[tuple[int, bytes], Block] = {}
         """Blocks of this arena that other ranks of the host map, by rank and object."""
+        self._recalled: set[tuple[int, bytes]] = set()
+        """Those of them that were asked back."""
 
     # --------------------------------------------------------------------------------------------------------- fetching
     def fetch(self, entry: Entry) -> None:
-        """Bring an object that is AWAY to this node."""
-        copies = entry.copies or set()
-        neighbours = [rank for rank in copies if self._out.is_same_host(rank)]
-        if neighbours:
-            self._out.send(min(neighbours), m.MapObject(entry.id))
-        elif copies:
-            source = min(copies)
-            self._memory.reserve(entry.id, entry.size, float("inf"), lambda block: self._receive(entry, source, block))
-        else:
-            error = payload.system_error("ObjectLostError", _lost_text(entry.id), entry.id.hex())
-            self._receiver.on_failed(entry, error)
-
-    def _receive(self, entry: Entry, source: int, block: Block | None) -> None:
-        if block is None:
-            text = f"object {entry.id.hex()} of {entry.size:,} bytes does not fit into this node's object store"
-            self._receiver.on_failed(entry, payload.system_error("ObjectStoreFullError", text))
-            return
-        if not self._is_fetched(entry):
-            self._memory.abandon(block)  # freed, or here by another way, while it waited for room
-            return
-        tag = self._out.new_tag(source)
-
-        def done(error: str | None) -> None:
-            if error is not None or not self._is_fetched(entry):
-                self._memory.abandon(block)
-                self._try_elsewhere(entry, source)
-                return
-            entry.state = HERE
-            entry.block = block
-            self._add_copy(entry, mapped=False)
-            self._receiver.on_arrived(entry)
-
-        self._out.receive(source, tag, block, done)
-        self._out.send(source, m.Pull(entry.id, tag))
-
-    def _is_fetched(self, entry: Entry) -> bool:
-        return entry.state == AWAY and self._entries.get(entry.id) is entry
-
-    def _try_elsewhere(self, entry: Entry, failed: int) -> None:
-        if entry.copies:
-            entry.copies.discard(failed)
-        if self._is_fetched(entry) and entry.fetchers is not None:
-            self.fetch(entry)
-
-    def on_mapped(self, message: m.ObjectMapped, source: int) -> None:
-        """Another rank of this host keeps the object in place for us."""
-        entry = self._entries.get(message.id)
-        if entry is not None and entry.block is not None and entry.block.rank == source:
-            return
-        if entry is None or entry.state != AWAY:
-            self._out.send(source, m.UnmapObject(message.id))
-            return
-        entry.state = MAPPED
-        entry.block = Block(message.id, source, message.offset, message.size)
-        entry.size = message.size
-        self._add_copy(entry, mapped=True)
-        self._receiver.on_arrived(entry)
-
-    def on_map_failed(self, identifier: bytes, source: int) -> None:
-        """It does not have the object."""
-        if (entry := self._entries.get(identifier)) is not None:
-            self._try_elsewhere(entry, source)
-
-    def _add_copy(self, entry: Entry, *, mapped: bool) -> None:
-        home = home_of(entry.id)
-        if home != self._rank:
-            self._out.send(home, m.CopyAdded(entry.id, mapped))
+        """Bring an object that is AWAY to this node, as urgently as the entry says; or hasten it."""
+        self.pulls.fetch(entry)
 
     # ---------------------------------------------------------------------------------------------------------- serving
     def on_pull(self, message: m.Pull, receiver: int) -> None:
         """Another rank wants the bytes."""
-        entry = self._entries.get(message.id)
-        if entry is None or entry.block is None:
-            self._out.send(receiver, m.PullFailed(message.id, message.tag))
-            return
-        block = entry.block
-        self._memory.pin(block)
-        self._out.serve(receiver, message.tag, block, lambda _error: self._memory.unpin(block))
+        pull = self.pulls.receiving(message.id, message.via) if message.via != NOBODY else None
+        if pull is not None:
+            self._serve(message, receiver, pull.block, pull.filling)
+        else:
+            self._when_here(message.id, lambda block: self._serve(message, receiver, block, None))
 
+    def _serve(self, message: m.Pull, receiver: int, block: Block | None, filling: Filling | None) -> None:
+        if block is None:
+            self._out.send(receiver, m.PullFailed(message.id, message.tag, 0))
+            return
+        servings = self._servings.setdefault(message.id, {})
+        other = self._who_else(servings, receiver)
+        if other != NOBODY:
+            self._out.send(receiver, m.PullFrom(message.id, message.tag, other))
+            return
+        key = receiver, message.tag
+        servings[key] = _Serving(block)
+        self._memory.pin(block)
+
+        def done(error: str | None) -> None:
+            if error is None:
+                self.sent_bytes += block.size - message.start
+            del servings[key]
+            if not servings:
+                del self._servings[message.id]
+            self._memory.unpin(block)
+
+        transfer = Transfer(receiver, message.tag, block, message.start, filling, message.urgency)
+        self._out.serve(transfer, done)
+
+    def _who_else(self, servings: dict[tuple[int, int], _Serving], receiver: int) -> int:
+        """The rank that `receiver` is to have the object from in our place: one of its host first."""
+        others = {rank: serving for (rank, _), serving in servings.items() if rank != receiver}
+        chosen = next((rank for rank in others if self._out.share_host(rank, receiver)), NOBODY)
+        if chosen == NOBODY and len(others) >= FANOUT:
+            chosen = min(others, key=lambda rank: others[rank].sent_on)
+        if chosen != NOBODY:
+            others[chosen].sent_on += 1
+        return chosen
+
+    def on_hasten(self, message: m.HastenPull, receiver: int) -> None:
+        """The receiver wants it more urgently now."""
+        self._out.hasten(receiver, message.tag, message.urgency)
+
+    def on_given_up(self, block: Block) -> None:
+        """This block will not be filled any more: whoever is sent what has arrived of it must go on elsewhere."""
+        why = "its own source has failed"
+        for (receiver, tag), serving in list(self._servings.get(block.id, {}).items()):
+            if serving.block is block:
+                sent = self._out.end_serve(receiver, tag, why)
+                self._out.send(receiver, m.PullFailed(block.id, tag, sent))
+
+    # ---------------------------------------------------------------------------------------------------------- mapping
     def on_map(self, identifier: bytes, mapper: int) -> None:
         """Another rank of this host wants to map the object."""
-        entry = self._entries.get(identifier)
-        if entry is None or entry.block is None or entry.block.rank != self._rank:
-            self._out.send(mapper, m.PullFailed(identifier, 0))
+        if (pull := self.pulls.receiving(identifier)) is not None:
+            pull.mappers.append(mapper)
             return
-        if (mapper, identifier) not in self._mapped_out:
-            self._memory.pin(entry.block)
-            self._mapped_out[mapper, identifier] = entry.block
-        self._out.send(mapper, m.ObjectMapped(identifier, entry.block.offset, entry.block.size))
+
+        def show(block: Block | None) -> None:
+            if block is None or block.rank != self._rank:
+                self._out.send(mapper, m.PullFailed(identifier, 0, 0))
+                return
+            if (mapper, identifier) not in self._mapped_out:
+                self._memory.pin(block)
+                self._mapped_out[mapper, identifier] = block
+            self._out.send(mapper, m.ObjectMapped(identifier, block.offset, block.size))
+
+        self._when_here(identifier, show)
+
+    def _when_here(self, identifier: bytes, then: Callable[[Block | None], None]) -> None:
+        """With the block of an object, if need be restored from disk; with None if it cannot be had here."""
+        entry = self._entries.get(identifier)
+        if entry is None:
+            then(None)
+        elif entry.state != SPILLED or self._receiver.when_local(identifier, lambda _error: then(entry.block)):
+            then(entry.block)
 
     def on_unmap(self, identifier: bytes, mapper: int) -> None:
         """It does not map it any more."""
+        self._recalled.discard((mapper, identifier))
         self._memory.unpin(self._mapped_out.pop((mapper, identifier)))
+
+    def recall(self, needed: int) -> None:
+        """Ask ranks that map our blocks to let go of those that they do not look at, the longest mapped first."""
+        coming = sum(self._mapped_out[key].size for key in self._recalled)
+        for key, block in self._mapped_out.items():
+            if coming >= needed:
+                return
+            if key not in self._recalled:
+                self._recalled.add(key)
+                coming += block.size
+                self._out.send(key[0], m.RecallMapping(key[1]))
+
+    def mapped_out(self) -> Iterator[tuple[int, Block]]:
+        """Blocks of this arena that other ranks of the host map, each with the rank."""
+        return ((mapper, block) for (mapper, _), block in self._mapped_out.items())
+
+    @property
+    def bytes_mapped_out(self) -> int:
+        """Bytes of this arena that other ranks of the host map."""
+        return sum({block.id: block.size for block in self._mapped_out.values()}.values())
 
     # ---------------------------------------------------------------------------------------------------------- at home
     def on_copy_added(self, message: m.CopyAdded, holder: int) -> None:
@@ -168,12 +205,26 @@ class Transfers:
         if entry is not None and entry.copies:
             entry.copies.discard(holder)
 
+    # ------------------------------------------------------------------------------------------------------------- loss
+    def on_rank_lost(self, rank: int) -> None:
+        """A rank has died: what it was sending comes from elsewhere, what it was sent or mapped is let go of."""
+        for entry in self._entries.values():
+            if entry.copies:
+                entry.copies.discard(rank)
+            if entry.mappers:
+                entry.mappers.discard(rank)
+        for receiver, tag in [key for servings in self._servings.values() for key in servings if key[0] == rank]:
+            self._out.end_serve(receiver, tag, f"rank {rank} died")
+        for mapper, identifier in [key for key in self._mapped_out if key[0] == rank]:
+            self.on_unmap(identifier, mapper)
+        self.pulls.on_rank_lost(rank)
+
     def check(self) -> None:
-        """Raise InternalError if a block that others map is not kept. Slow: tests and HPCRAY_CHECK=1."""
+        """Raise InternalError if a block that others map or are sent is not kept. Slow: tests and HPCRAY_CHECK=1."""
+        self.pulls.check()
         for (mapper, identifier), block in self._mapped_out.items():
             if block.id != identifier or block.rank != self._rank or block.pins < 1:
                 raise InternalError(f"rank {self._rank}: {identifier.hex()}, mapped by rank {mapper}, is not pinned")
-
-
-def _lost_text(identifier: bytes) -> str:
-    return f"object {identifier.hex()} was lost: no rank holds a copy any more"
+        for identifier, servings in self._servings.items():
+            if not servings or any(s.block.id != identifier or s.block.pins < 1 for s in servings.values()):
+                raise InternalError(f"rank {self._rank}: {identifier.hex()} is sent to {list(servings)} and not pinned")

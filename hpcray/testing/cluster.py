@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Container, Sequence
 from typing import Any
+from zlib import crc32
 
 from hpcray.gcs.core import GcsCore
 from hpcray.protocol import messages as m
@@ -19,7 +20,10 @@ from hpcray.raylet.clients import Client
 from hpcray.raylet.core import NodeInfo, RayletCore
 from hpcray.raylet.lanes import Key
 from hpcray.resources import UNIT, Shape
+from hpcray.store.entry import Extent
 from hpcray.store.memory import Block
+from hpcray.store.pulls import Done, Transfer
+from hpcray.testing.bulk import FakeBulk
 from hpcray.testing.process import Process
 
 NONCE = b"a nonce!"
@@ -27,21 +31,8 @@ ARENA_START = 4096
 TURN_SECONDS = 0.0001
 
 Link = tuple[str, int, int]
-"""("rank", source, destination), ("up" or "down", rank, process), or ("bulk", receiver, number of the transfer)."""
-Done = Callable[[str | None], None]
-
-
-class Transfer:
-    """Bytes of one object under way: both ends are known once the holder has been asked and serves."""
-
-    def __init__(self, receiver: int, source: int, tag: int, target: Block, received: Done) -> None:
-        self.receiver = receiver
-        self.source = source
-        self.tag = tag
-        self.target = target
-        self.received = received
-        self.block: Block | None = None
-        self.served: Done = lambda _: None
+"""("rank", source, destination), ("up" or "down", rank, process), ("bulk", receiver, number of the transfer), or ("disk", rank,
+number of the file or read)."""
 
 
 class Node:
@@ -52,6 +43,11 @@ class Node:
         self.memory = bytearray(cluster.nodes[rank].arena_size + ARENA_START)
         self.processes: dict[int, Process] = {}
         self.outboxes: dict[Link, list[Any]] = {}
+        self.disk: dict[Extent, bytearray] = {}
+        self.disk_is_full = False
+        self.disk_jobs: dict[int, Callable[[], None]] = {}
+        """Writes and reads that are under way."""
+        self._files = 0
         self._cluster = cluster
         self._tags = 0
         self.core = RayletCore(
@@ -66,6 +62,12 @@ class Node:
         self.gcs: GcsCore | None = None
         if rank == 0:
             self.gcs = self.core.gcs = GcsCore(cluster.nodes, NONCE, self.core.template, _GcsOut(self))
+
+    @property
+    def would_retry(self) -> bool:
+        """Whether time alone brings it on: a write that failed would be tried again, and succeed."""
+        table = self.core.table
+        return table.memory.is_waited_for and table.spiller.retry_at is not None and not self.disk_is_full
 
     def end_turn(self) -> None:
         """What a turn of the event loop ends with: the cores act, then each peer gets one frame."""
@@ -101,20 +103,48 @@ class Node:
         self._tags += 1
         return self._tags
 
-    def receive(self, rank: int, tag: int, block: Block, done: Done) -> None:
-        self._cluster.transfers[self.rank, tag] = Transfer(self.rank, rank, tag, block, done)
+    def receive(self, transfer: Transfer, done: Done) -> None:
+        self._cluster.bulk.receive(self.rank, transfer, done)
 
-    def serve(self, rank: int, tag: int, block: Block, done: Done) -> None:
-        transfer = self._cluster.transfers[rank, tag]
-        assert transfer.source == self.rank
-        assert transfer.target.size == block.size
-        transfer.block = block
-        transfer.served = done
+    def end_receive(self, rank: int, tag: int, size: int, why: str) -> None:
+        self._cluster.bulk.end_receive(self.rank, tag, size, why)
 
-    def pull_failed(self, rank: int, tag: int) -> None:
-        transfer = self._cluster.transfers.pop((self.rank, tag))
-        assert transfer.source == rank
-        transfer.received("the holder has no such object any more")
+    def serve(self, transfer: Transfer, done: Done) -> None:
+        self._cluster.bulk.serve(self.rank, transfer, done)
+
+    def hasten(self, rank: int, tag: int, urgency: int) -> None:
+        """Which transfer goes on next is the test's choice."""
+
+    def end_serve(self, rank: int, tag: int, why: str) -> int:
+        return self._cluster.bulk.end_serve(rank, tag, why)
+
+    def spill(self, blocks: list[Block], done: Callable[[list[Extent], str | None], None]) -> None:
+        self._files += 1
+        file = self._files
+
+        def write() -> None:
+            # Of a disk that fills up, the first half of a file may still have found room.
+            extents: list[Extent] = []
+            for block in blocks[: len(blocks) // 2] if self.disk_is_full else blocks:
+                data = self.memory[block.offset : block.offset + block.size]
+                extents.append(Extent(file, len(extents), block.size, crc32(data)))
+                self.disk[extents[-1]] = data
+            done(extents, "No space left on device" if self.disk_is_full else None)
+
+        self.disk_jobs[file] = write
+
+    def restore(self, extent: Extent, block: Block, done: Done) -> None:
+        data = self.disk[extent]
+        self._files += 1
+
+        def read() -> None:
+            self.memory[block.offset : block.offset + block.size] = data
+            done(None if crc32(data) == extent.checksum else "the checksum does not match")
+
+        self.disk_jobs[self._files] = read
+
+    def forget(self, extent: Extent) -> None:
+        del self.disk[extent]
 
     def join(self, worker: Client, key: Key, *, is_leased: bool) -> bool:
         return False  # no fake process asks for a lane
@@ -221,7 +251,7 @@ class Cluster:
             for rank, count in enumerate(cpus)
         ]
         self.links: dict[Link, deque[bytes | None]] = {}
-        self.transfers: dict[tuple[int, int], Transfer] = {}
+        self.bulk = FakeBulk(self._copy)
         self.shown: list[str] = []
         self.ranks = [Node(self, rank, store_timeout, inline_limit) for rank in range(len(cpus))]
         self._drivers = 0
@@ -252,14 +282,20 @@ class Cluster:
 
     def choices(self) -> list[Link]:
         """All links that can deliver something now."""
-        served = (("bulk", *key) for key, transfer in self.transfers.items() if transfer.block is not None)
-        return sorted([*self.links, *served])
+        served = (("bulk", *key) for key in self.bulk.choices())
+        disks = (("disk", node.rank, number) for node in self.ranks for number in node.disk_jobs)
+        return sorted([*self.links, *served, *disks])
 
     def deliver(self, link: Link) -> None:
         """Let the first frame of a link, or the bytes of a transfer, arrive."""
         kind, first, second = link
         if kind == "bulk":
-            self._complete(self.transfers.pop((first, second)))
+            for rank in self.bulk.arrive(first, second):
+                self.ranks[rank].end_turn()
+            return
+        if kind == "disk":
+            self.ranks[first].disk_jobs.pop(second)()
+            self.ranks[first].end_turn()
             return
         queue = self.links[link]
         frame = queue.popleft()
@@ -267,15 +303,10 @@ class Cluster:
             del self.links[link]
         self.ranks[second if kind == "rank" else first].on_frame(link, frame)
 
-    def _complete(self, transfer: Transfer) -> None:
-        source, target = transfer.block, transfer.target
-        assert source is not None
-        data = self.ranks[source.rank].memory[source.offset : source.offset + source.size]
-        self.ranks[transfer.receiver].memory[target.offset : target.offset + target.size] = data
-        transfer.received(None)
-        self.ranks[transfer.receiver].end_turn()
-        transfer.served(None)
-        self.ranks[transfer.source].end_turn()
+    def _copy(self, source: Transfer, target: Transfer, start: int, end: int) -> None:
+        of, to = source.block, target.block
+        into = self.ranks[to.rank].memory
+        into[to.offset + start : to.offset + end] = self.ranks[of.rank].memory[of.offset + start : of.offset + end]
 
     def run(
         self,
@@ -290,7 +321,7 @@ class Cluster:
                 self.deliver(choose(links))
                 if check:
                     self.check()
-            if all(node.core.report_due is None for node in self.ranks):
+            if not any(node.core.report_due is not None or node.would_retry for node in self.ranks):
                 return
             self.advance(1.0)
 
@@ -344,6 +375,8 @@ class Cluster:
             found += [f"{name}: actor {i.hex()}" for i in (*core.calls.created, *core.hosted.actors)]
             if used := core.memory.in_use:
                 found.append(f"{name}: {used} bytes are allocated")
+            if node.disk:
+                found.append(f"{name}: {len(node.disk)} objects are on disk")
             if core.ledger.free != core.ledger.total:
                 found.append(f"{name}: free {core.ledger.free} of {core.ledger.total}")
             if core.pool.ready or core.pool.leases:

@@ -193,6 +193,13 @@ class Process:
         if not self.is_driver:
             self.send(m.Unblocked())
 
+    def pickle(self, identifiers: Iterable[bytes]) -> int:
+        """The user pickles references; they are out of hpcray's sight when the question of this number is answered."""
+        self._counter += 1
+        self.send(m.KeepForever(list(identifiers)))
+        self.send(m.Query(self._counter, "ping", b""))
+        return self._counter
+
     def release(self, identifiers: Iterable[bytes]) -> None:
         """Let go of references, and of what was looked at through them."""
         gone = [i for i in dict.fromkeys(identifiers) if i in self.held and i not in self._written]

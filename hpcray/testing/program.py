@@ -36,6 +36,8 @@ class Program:
         self.has_killed = False
         self.has_failed = False
         self.may_be_full = False
+        self.damaged: set[bytes] = set()
+        """Objects whose copy on disk was damaged."""
         self._paths: dict[bytes, Path] = {}
         self._children: dict[Path, int] = {}
         self._actors: set[bytes] = set()
@@ -183,6 +185,22 @@ class Program:
             self.has_killed = True
             self.cluster.kill(self.random.choice(workers))
 
+    def fill_disk(self) -> None:
+        """A disk is full, or is no longer."""
+        node = self.random.choice(self.cluster.ranks)
+        node.disk_is_full = not node.disk_is_full
+
+    def damage_disk(self) -> None:
+        """A disk changes a byte of an object."""
+        spilled = [
+            (node, entry) for node in self.cluster.ranks for entry in node.core.table.entries.values() if entry.spilled
+        ]
+        if spilled:
+            node, entry = self.random.choice(spilled)
+            assert entry.spilled is not None
+            node.disk[entry.spilled][self.random.randrange(entry.size)] ^= 1
+            self.damaged.add(entry.id)
+
     # -------------------------------------------------------------------------------------------------------- judgement
     def judge(self) -> None:
         """Raise if an invariant does not hold now."""
@@ -206,6 +224,8 @@ class Program:
             )
         elif name == "ObjectStoreFullError":
             assert self.may_be_full, f"{identifier.hex()}: {name}{arguments}"
+        elif name == "ObjectLostError" and bytes.fromhex(arguments[1]) in self.damaged:
+            assert "checksum" in arguments[0], arguments
         else:
             raise AssertionError(f"{identifier.hex()}: {name}{arguments}")
 
@@ -223,6 +243,8 @@ class Program:
 
     def finish(self) -> None:
         """Bring the program to its end: all gets are answered, then all is released, then nothing is left."""
+        for node in self.cluster.ranks:
+            node.disk_is_full = False
         self.settle()
         if self.may_be_full:
             for process in self.cluster.processes:
@@ -242,10 +264,6 @@ class Program:
             process.wanted.clear()
             process.release(list(process.held))
         self.settle(keep=False)
-        if any(node.core.memory.is_waited_for for node in self.cluster.ranks):
-            # Without spilling, arguments that do not fit together on the node that was chosen wait for ever.
-            assert self.may_be_full
-            return
         left = self.cluster.leftovers()
         assert not left, "left over: " + "; ".join(left)
 

@@ -108,6 +108,16 @@ class ClusterMachine(RuleBasedStateMachine):
         self.seeded(seed).kill_worker()
 
     @precondition(lambda self: self.is_small)
+    @rule(seed=seeds)
+    def fill_disk(self, seed: int) -> None:
+        self.seeded(seed).fill_disk()
+
+    @precondition(lambda self: self.is_small)
+    @rule(seed=seeds)
+    def damage_disk(self, seed: int) -> None:
+        self.seeded(seed).damage_disk()
+
+    @precondition(lambda self: self.is_small)
     @rule()
     def wait(self) -> None:
         self.program.cluster.advance(30.0)
@@ -129,7 +139,7 @@ class DeadlyMachine(ClusterMachine):
 
 
 class FullMachine(ClusterMachine):
-    """The stores are so small that creators wait, copies are evicted and some find no room at all."""
+    """The stores are so small that creators wait, objects go to disk and come back, and disks fill up and forget."""
 
     is_small = True
 
@@ -155,5 +165,7 @@ def test_long_random_programs_come_to_their_end(layout: int, kind: str) -> None:
         program = make_program(layout, random, is_small=kind == "full", drivers=1 + seed % 2)
         for _ in range(120):
             random_step(program, random, kills=kind == "deadly", failures=kind == "deadly")
+            if kind == "full" and random.random() < 0.1:
+                random.choice([program.fill_disk, program.damage_disk])()
             program.judge()
         program.finish()

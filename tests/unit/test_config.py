@@ -15,7 +15,8 @@ def test_without_variables_all_is_default():
 
 @pytest.mark.parametrize("field", fields(Config), ids=lambda field: field.name)
 def test_every_setting_can_be_set(field):
-    text, value = {"bool": ("1", True), "int": ("17", 17), "float": ("0.25", 0.25)}[field.type]
+    examples = {"bool": ("1", True), "int": ("17", 17), "float": ("0.25", 0.25), "str": ("/scratch", "/scratch")}
+    text, value = examples[field.type]
     assert getattr(load({f"HPCRAY_{field.name.upper()}": text}), field.name) == value
 
 

@@ -12,8 +12,9 @@ from hpcray import ids, payload
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import HERE, INLINE, MAPPED
+from hpcray.store.entry import AWAY, GET, HERE, INLINE, MAPPED, Extent
 from hpcray.store.memory import Block
+from hpcray.store.pulls import Done, Transfer
 from hpcray.store.table import ObjectTable
 from hpcray.testing.cluster import Cluster
 from hpcray.testing.process import Process
@@ -308,6 +309,7 @@ def test_a_long_chain_of_tasks_fails_with_its_first():
 # -------------------------------------------------------------------------------------------------- the table by itself
 ME, NEIGHBOUR, FAR, FARTHER = 0, 1, 2, 3
 SIZE = 4096
+PATIENCE = 5.0
 
 
 def name(home: int, number: int) -> bytes:
@@ -321,21 +323,46 @@ class Out:
         self.sent: list[tuple[int, Any]] = []
         self.receiving: dict[int, tuple[int, Block, Callable[[str | None], None]]] = {}
         self.serving: list[tuple[int, int, Block, Callable[[str | None], None]]] = []
+        self.writing: list[tuple[list[Block], Callable[[list[Extent], str | None], None]]] = []
+        self.reading: list[tuple[Extent, Block, Callable[[str | None], None]]] = []
+        self.forgotten: list[Extent] = []
 
     def send(self, rank: int, message: Any) -> None:
         self.sent.append((rank, message))
 
-    def is_same_host(self, rank: int) -> bool:
-        return rank == NEIGHBOUR
+    def share_host(self, rank: int, other: int) -> bool:
+        return rank == other or {rank, other} == {ME, NEIGHBOUR}
 
     def new_tag(self, rank: int) -> int:
         return len(self.sent) + 1
 
-    def receive(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
-        self.receiving[tag] = (rank, block, done)
+    def receive(self, transfer: Transfer, done: Done) -> None:
+        self.receiving[transfer.tag] = (transfer.rank, transfer.block, done)
 
-    def serve(self, rank: int, tag: int, block: Block, done: Callable[[str | None], None]) -> None:
-        self.serving.append((rank, tag, block, done))
+    def end_receive(self, rank: int, tag: int, size: int, why: str) -> None:
+        if tag in self.receiving:
+            self.receiving.pop(tag)[2](why)
+
+    def serve(self, transfer: Transfer, done: Done) -> None:
+        self.serving.append((transfer.rank, transfer.tag, transfer.block, done))
+
+    def hasten(self, rank: int, tag: int, urgency: int) -> None:
+        raise AssertionError("nothing here is served while it becomes more urgent")
+
+    def end_serve(self, rank: int, tag: int, why: str) -> int:
+        raise AssertionError("nothing here is served and cut short")
+
+    def spill(self, blocks: list[Block], done: Callable[[list[Extent], str | None], None]) -> None:
+        self.writing.append((blocks, done))
+
+    def restore(self, extent: Extent, block: Block, done: Callable[[str | None], None]) -> None:
+        self.reading.append((extent, block, done))
+
+    def forget(self, extent: Extent) -> None:
+        self.forgotten.append(extent)
+
+    def holders(self) -> list[str]:
+        return ["somebody looks at some bytes"]
 
     def take(self) -> list[tuple[int, Any]]:
         sent, self.sent = self.sent, []
@@ -355,14 +382,14 @@ def out() -> Out:
 
 @pytest.fixture
 def table(out: Out) -> Iterator[ObjectTable]:
-    table = ObjectTable(ME, Allocator(0, SIZE), out)
+    table = ObjectTable(ME, Allocator(0, SIZE), out, patience=PATIENCE)
     yield table
     table.check()
 
 
 def write(table: ObjectTable, identifier: bytes, size: int = 1024) -> Block:
     blocks: list[Block | None] = []
-    table.memory.reserve(identifier, size, 100.0, blocks.append)
+    table.memory.reserve(identifier, size, blocks.append)
     (block,) = blocks
     assert block is not None
     return block
@@ -377,16 +404,16 @@ def need(table: ObjectTable, identifier: bytes, ranks: list[int], size: int = 10
 def fetch(table: ObjectTable, out: Out, identifier: bytes, size: int = 1024) -> None:
     """A task's argument comes here from afar; when the task is done it stays as a copy that may be evicted."""
     need(table, identifier, [FAR], size)
-    assert not table.when_local(identifier, lambda: None)
+    assert not table.when_local(identifier, lambda _: None)
     out.arrive()
     table.references.drop_guest(identifier)
     out.take()
 
 
-def ask(table: ObjectTable, size: int, deadline: float = 100.0) -> list[Block | None]:
+def ask(table: ObjectTable, size: int) -> list[Block | None]:
     """What a creator is told, once it is told."""
     told: list[Block | None] = []
-    table.memory.reserve(name(ME, 99), size, deadline, told.append)
+    table.memory.reserve(name(ME, 99), size, told.append)
     return told
 
 
@@ -538,7 +565,7 @@ def test_a_borrower_asks_the_home_once_and_gets_small_objects_in_the_answer(tabl
     borrowed(table, out, x)
     told = []
     assert not table.when_exists(x, lambda: told.append("exists"))
-    assert not table.when_local(x, lambda: told.append("local"))
+    assert not table.when_local(x, lambda _: told.append("local"))
     assert out.take() == [(FAR, m.Locate(x))]
     table.on_located(m.Located(x, b"\0data", 5, []))
     assert told == ["exists", "local"]
@@ -570,9 +597,9 @@ def test_a_transfer_makes_a_copy_and_tells_the_home(table, out):
     x = name(FAR, 1)
     told = []
     need(table, x, [FAR])
-    assert not table.when_local(x, lambda: told.append(1))
+    assert not table.when_local(x, lambda _: told.append(1))
     ((_, pull),) = out.take()
-    assert pull == m.Pull(x, pull.tag)
+    assert pull == m.Pull(x, pull.tag, GET, -1, 0)
     out.arrive()
     assert told == [1]
     assert out.take() == [(FAR, m.CopyAdded(x, mapped=False))]
@@ -584,7 +611,7 @@ def test_an_answer_of_the_home_does_not_start_a_second_transfer(table, out):
     borrowed(table, out, x)
     table.when_exists(x, lambda: None)
     need(table, x, [FAR])
-    assert not table.when_local(x, lambda: None)
+    assert not table.when_local(x, lambda _: None)
     assert [type(message) for _, message in out.take()] == [m.Locate, m.Pull]
     table.on_located(m.Located(x, None, 1024, [FAR]))
     assert not out.sent
@@ -596,7 +623,7 @@ def test_a_task_brings_the_place_of_what_others_here_wait_for(table, out):
     x = name(FAR, 1)
     borrowed(table, out, x)
     told = []
-    assert not table.when_local(x, lambda: told.append(1))
+    assert not table.when_local(x, lambda _: told.append(1))
     need(table, x, [FAR])
     assert [type(message) for _, message in out.take()] == [m.Locate, m.Pull]
     out.arrive()
@@ -607,7 +634,7 @@ def test_a_source_that_has_lost_its_copy_is_passed_over(table, out):
     x = name(FARTHER, 1)
     told = []
     need(table, x, [FAR, FARTHER])
-    table.when_local(x, lambda: told.append(1))
+    table.when_local(x, lambda _: told.append(1))
     out.arrive("it was evicted there")
     assert not told
     assert [(rank, type(message)) for rank, message in out.take()] == [(FAR, m.Pull), (FARTHER, m.Pull)]
@@ -620,8 +647,10 @@ def test_without_any_copy_the_object_is_lost_and_whoever_waits_hears_of_it(table
     x = name(FARTHER, 1)
     told = []
     need(table, x, [FAR])
-    table.when_local(x, lambda: told.append(1))
+    table.when_local(x, lambda _: told.append(1))
     out.arrive("gone")
+    assert [type(message) for _, message in out.take()] == [m.Pull, m.Locate], "the home may know better"
+    table.on_located(m.Located(x, None, 1024, []))
     assert told == [1]
     assert payload.describe_system_error(table.entries[x].data)[0] == "ObjectLostError"
     assert table.memory.in_use == 0
@@ -630,27 +659,31 @@ def test_without_any_copy_the_object_is_lost_and_whoever_waits_hears_of_it(table
 def test_a_later_task_adds_the_copies_that_it_knows_of(table, out):
     x = name(FARTHER, 1)
     need(table, x, [FAR])
-    table.when_local(x, lambda: None)
+    table.when_local(x, lambda _: None)
     need(table, x, [FARTHER])
     out.take()
     out.arrive("gone")
     assert [rank for rank, _ in out.take()] == [FARTHER]
 
 
-def test_what_can_never_fit_is_an_error_at_once(table):
+def test_what_can_never_fit_is_an_error_in_the_same_turn(table):
     x = name(FAR, 1)
     need(table, x, [FAR], SIZE + 64)
-    called = []
-    assert table.when_local(x, lambda: called.append(1))  # as True says so, nobody is called
-    assert not called
-    assert payload.describe_system_error(table.entries[x].data)[0] == "ObjectStoreFullError"
+    errors = []
+    assert not table.when_local(x, errors.append)
+    table.end_turn(0.0)
+    ((kind, (text,)),) = map(payload.describe_system_error, errors)
+    assert kind == "ObjectStoreFullError"
+    assert f"{SIZE + 64:,} bytes" in text
+    assert f"{SIZE:,} bytes in all" in text
+    assert table.entries[x].state == AWAY, "the object itself is not touched"
 
 
 def test_a_transfer_that_ends_after_its_object_was_freed_gives_its_memory_back(table, out):
     x = name(ME, 1)
     table.references.create(x)
     table.set_away(x, FAR, 1024, [])
-    table.when_local(x, lambda: None)
+    table.when_local(x, lambda _: None)
     table.references.drop(x)
     assert not table.entries
     out.arrive()
@@ -663,7 +696,7 @@ def test_a_fetch_that_waited_for_room_while_its_object_was_freed_does_not_start(
     table.set_here(filler, write(table, filler, SIZE), [])
     table.references.create(x)
     table.set_away(x, FAR, 1024, [])
-    table.when_local(x, lambda: None)
+    table.when_local(x, lambda _: None)
     table.references.drop(x)
     table.references.drop(filler)
     assert not out.receiving
@@ -674,9 +707,9 @@ def test_ranks_of_one_host_map_instead_of_transferring(table, out):
     x = name(NEIGHBOUR, 1)
     told = []
     need(table, x, [FAR, NEIGHBOUR])
-    table.when_local(x, lambda: told.append(1))
+    table.when_local(x, lambda _: told.append(1))
     assert out.take() == [(NEIGHBOUR, m.MapObject(x))]
-    table.transfers.on_mapped(m.ObjectMapped(x, 512, 1024), NEIGHBOUR)
+    table.transfers.pulls.on_mapped(m.ObjectMapped(x, 512, 1024), NEIGHBOUR)
     assert told == [1]
     assert out.take() == [(NEIGHBOUR, m.CopyAdded(x, mapped=True))]
     assert table.entries[x].state == MAPPED
@@ -689,14 +722,14 @@ def test_ranks_of_one_host_map_instead_of_transferring(table, out):
 def test_where_mapping_fails_the_object_is_fetched_from_elsewhere(table, out):
     x = name(FAR, 1)
     need(table, x, [FAR, NEIGHBOUR])
-    table.when_local(x, lambda: None)
+    table.when_local(x, lambda _: None)
     out.take()
-    table.transfers.on_map_failed(x, NEIGHBOUR)
+    table.transfers.pulls.on_pull_failed(m.PullFailed(x, 0, 0), NEIGHBOUR)
     assert [(rank, type(message)) for rank, message in out.take()] == [(FAR, m.Pull)]
 
 
 def test_a_mapping_that_comes_too_late_is_given_back(table, out):
-    table.transfers.on_mapped(m.ObjectMapped(name(NEIGHBOUR, 1), 512, 1024), NEIGHBOUR)
+    table.transfers.pulls.on_mapped(m.ObjectMapped(name(NEIGHBOUR, 1), 512, 1024), NEIGHBOUR)
     assert out.take() == [(NEIGHBOUR, m.UnmapObject(name(NEIGHBOUR, 1)))]
 
 
@@ -717,16 +750,16 @@ def test_what_a_neighbour_maps_stays_until_it_unmaps_it(table, out):
 
 def test_what_is_not_here_can_be_neither_pulled_nor_mapped(table, out):
     x = name(ME, 1)
-    table.transfers.on_pull(m.Pull(x, 5), FAR)
+    table.transfers.on_pull(m.Pull(x, 5, GET, -1, 0), FAR)
     table.transfers.on_map(x, NEIGHBOUR)
-    assert out.take() == [(FAR, m.PullFailed(x, 5)), (NEIGHBOUR, m.PullFailed(x, 0))]
+    assert out.take() == [(FAR, m.PullFailed(x, 5, 0)), (NEIGHBOUR, m.PullFailed(x, 0, 0))]
 
 
 def test_what_is_being_sent_stays_until_it_is_sent(table, out):
     x = name(ME, 1)
     table.references.create(x)
     table.set_here(x, write(table, x), [])
-    table.transfers.on_pull(m.Pull(x, 5), FAR)
+    table.transfers.on_pull(m.Pull(x, 5, GET, -1, 0), FAR)
     table.references.drop(x)
     assert table.memory.in_use == 1024
     ((_, _, _, done),) = out.serving
@@ -761,17 +794,25 @@ def test_a_copy_that_is_looked_at_stays_and_makes_room_when_the_view_ends(table,
     assert len(told) == 1
 
 
-def test_a_creator_is_served_when_a_copy_loses_its_last_use(table, out):
+def test_a_copy_that_is_needed_but_not_looked_at_makes_room_last_and_is_fetched_again(table, out):
+    x = name(FAR, 9)
+    need(table, x, [FAR])
+    table.when_local(x, lambda _: None)
+    out.arrive()
     for number in range(3):
         fetch(table, out, name(FAR, number))
-    x = name(FAR, 3)
-    need(table, x, [FAR])
-    table.when_local(x, lambda: None)
+    ask(table, 3 * 1024)
+    assert table.entries[x].state == HERE
+    out.take()
+    (block,) = ask(table, 1024)
+    assert block is not None
+    assert out.take() == [(FAR, m.CopyDropped(x))]
+    assert table.entries[x].state == AWAY
+    table.memory.abandon(block)
+    told = []
+    assert not table.when_local(x, told.append)
     out.arrive()
-    told = ask(table, SIZE)
-    assert told == []
-    table.references.drop_guest(x)
-    assert len(told) == 1
+    assert told == [None]
 
 
 def test_creators_are_served_in_order_each_with_its_own_size(table, out):
@@ -805,15 +846,21 @@ def test_when_the_time_of_a_large_request_is_over_those_behind_it_are_served(tab
     x = name(ME, 1)
     table.references.create(x)
     table.set_here(x, write(table, x, 1024), [])
-    large = ask(table, SIZE, deadline=5.0)
-    small = ask(table, 64, deadline=50.0)
-    assert table.memory.next_expiry == 5.0
-    table.memory.expire(5.0)
+    pinned = table.entries[x].block
+    assert pinned is not None
+    table.memory.pin(pinned)
+    large = ask(table, SIZE)
+    table.end_turn(0.0)
+    small = ask(table, 64)
+    table.end_turn(1.0)
+    assert table.next_expiry == PATIENCE
+    table.end_turn(PATIENCE)
     assert large == [None]
     assert len(small) == 1
     assert small[0] is not None
 
 
-def test_what_is_larger_than_the_arena_is_refused_at_once(table):
-    assert ask(table, SIZE + 64) == [None]
-    assert "does not fit" in table.memory.why_full(SIZE + 64)
+def test_what_is_larger_than_the_arena_is_refused_in_the_same_turn(table):
+    told = ask(table, SIZE + 64)
+    table.end_turn(0.0)
+    assert told == [None]
