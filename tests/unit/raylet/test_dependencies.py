@@ -1,0 +1,242 @@
+"""Arguments of work: prefetched, fetched when the work could run, pinned until it does, and never in each other's way."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+
+from hpcray import payload
+from hpcray.protocol import messages as m
+from hpcray.raylet.clients import Work
+from hpcray.resources import UNIT
+from hpcray.testing.cluster import Cluster
+from hpcray.testing.process import Process
+
+ARENA = 1 << 14
+BIG = 5000
+"""Bytes of an argument: an arena has room for three, and two of them are more than bundles may hold together."""
+
+
+def two_hosts(cpus: int = 1, **options: Any) -> tuple[Cluster, Process]:
+    cluster = Cluster([1, cpus], arena_size=ARENA, **options)
+    return cluster, cluster.add_driver()
+
+
+def on_1(cluster: Cluster, process: Process, name: str = "f", **options: Any) -> bytes:
+    return cluster.template(process, name, node=1, **options)
+
+
+def put(cluster: Cluster, process: Process, size: int = BIG) -> bytes:
+    ref = process.put(size=size, large=True)
+    cluster.run()
+    return ref
+
+
+def finish_all(cluster: Cluster, order: Any = lambda links: links[0]) -> list[bytes]:
+    """Let every task end that runs, until none does; in which order they ran."""
+    ran: list[bytes] = []
+    cluster.run(order)
+    while running := cluster.running:
+        assert running[0].running is not None
+        ran.append(running[0].running.task)
+        running[0].finish()
+        cluster.run(order)
+    return ran
+
+
+def arguments(cluster: Cluster, rank: int = 1) -> Any:
+    return cluster.ranks[rank].core.pool.arguments
+
+
+def release_all(cluster: Cluster) -> None:
+    for process in cluster.processes:
+        process.release(list(process.held))
+    cluster.run()
+    assert cluster.leftovers() == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tasks_whose_arguments_do_not_fit_together_run_one_after_the_other(seed):
+    # [f.remote(x, y) for x, y in pairs]        # of each pair, two thirds of the arena
+    cluster, driver = two_hosts(2)
+    refs = []
+    for _ in range(4):
+        pair = [put(cluster, driver), put(cluster, driver)]
+        refs += driver.submit(on_1(cluster, driver), pair)
+        driver.release(pair)
+    assert len(finish_all(cluster, Random(seed).choice)) == 4
+    driver.get(refs)
+    cluster.run()
+    assert not driver.errors
+    assert not arguments(cluster)._active
+    release_all(cluster)
+
+
+def test_tasks_that_share_an_argument_run_together():
+    cluster, driver = two_hosts(4)
+    x = put(cluster, driver, 6000)
+    for _ in range(4):
+        driver.submit(on_1(cluster, driver), [x])
+    cluster.run()
+    assert len(cluster.running) == 4
+    finish_all(cluster)
+    release_all(cluster)
+
+
+def test_arguments_that_can_never_fit_are_an_error_of_that_task_alone():
+    cluster, driver = two_hosts(1)
+    refs = [put(cluster, driver) for _ in range(4)]
+    (bad,) = driver.submit(on_1(cluster, driver), refs)
+    (good,) = driver.submit(on_1(cluster, driver), refs[:1])
+    cluster.run()
+    finish_all(cluster)
+    driver.get([bad, good, *refs])
+    cluster.run()
+    assert driver.errors.keys() == {bad}
+    error, (text, *_) = payload.describe_system_error(driver.errors[bad])
+    assert error == "ObjectStoreFullError"
+    assert f"{ARENA:,}" in text
+    release_all(cluster)
+
+
+def test_arguments_are_pinned_from_the_time_when_their_task_could_run_until_it_does():
+    cluster, driver = two_hosts(1)
+    x = put(cluster, driver)
+    driver.submit(on_1(cluster, driver), [x])
+    core = cluster.ranks[1].core
+    pins = []
+    while links := cluster.choices():
+        cluster.deliver(links[0])
+        if (entry := core.table.entries.get(x)) is not None and entry.block is not None:
+            pins.append(entry.block.pins)
+    assert min(pins) >= 1
+    assert not arguments(cluster)._active
+    finish_all(cluster)
+    assert core.table.entries[x].block.pins == 0
+    release_all(cluster)
+
+
+def test_a_prefetched_argument_that_made_room_for_something_else_is_fetched_again():
+    # a.slow.remote(); a.use.remote(x)          # x comes meanwhile, and goes again
+    cluster, driver = two_hosts(1)
+    x = put(cluster, driver)
+    driver.submit(on_1(cluster, driver))
+    cluster.run()
+    core = cluster.ranks[1].core
+    work_before = cluster.worker_on(1)
+    # Two ranks may grant at once: the task comes although the CPU is taken.
+    entry = cluster.ranks[0].core.table.entries[x]
+    template = on_1(cluster, driver)
+    cluster.run()
+    task = driver.new_id()
+    core.on_peer_message(0, m.Execute(task, 0, template, b"\0" + b"", [m.RemoteDependency(x, entry.size, [0])]))
+    cluster.ranks[1].end_turn()
+    cluster.run()
+    here = core.table.entries[x]
+    assert here.block is not None  # prefetched
+    assert here.block.pins == 0
+    for _ in range(3):
+        work_before.put(size=BIG, large=True)
+    cluster.run()
+    assert here.block is None  # it made room
+    assert core.pool.arguments.count_missing(template) + len(core.pool.ready.get(template, ())) == 1
+
+
+def bundle_of(cluster: Cluster, identifier: bytes, template: bytes) -> Work:
+    """Work that came to rank 1 and needs one object, of a class that the pool itself has no place for."""
+    resources = {"absent": UNIT}
+    cluster.ranks[1].core.templates[template] = m.Template(b"", b"", "f", 1, resources, 0)
+    size = cluster.ranks[0].core.table.entries[identifier].size
+    return Work(identifier[:-4], 0, 0, template, b"", [m.RemoteDependency(identifier, size, [0])])
+
+
+def test_pinned_arguments_of_work_that_cannot_run_give_way():
+    # Two classes: the first could run, and its arguments came; then its place was taken, and only the second can run.
+    cluster, driver = two_hosts(1)
+    x, y = put(cluster, driver), put(cluster, driver)
+    dependencies = arguments(cluster)
+    first, second = bundle_of(cluster, x, b"first"), bundle_of(cluster, y, b"second")
+    told: list[Work] = []
+    for work in (first, second):
+        assert not dependencies.add(work, lambda work=work: told.append(work))
+    dependencies.activate(lambda template: int(template == b"first"))
+    cluster.ranks[1].end_turn()
+    cluster.run()
+    assert told == [first]
+    table = cluster.ranks[1].core.table
+    assert table.entries[x].block.pins == 1
+    dependencies.activate(lambda template: int(template == b"second"))
+    assert table.entries[x].block.pins == 0
+    cluster.ranks[1].end_turn()
+    cluster.run()
+    assert told == [first, second]
+    assert dependencies.take(first, lambda: None)  # nothing has needed its room
+    for work in (first, second):
+        dependencies.release(work)
+    cluster.ranks[1].end_turn()
+    release_all(cluster)
+
+
+def test_a_bundle_that_is_on_its_way_does_not_give_way():
+    cluster, driver = two_hosts(1)
+    x, y = put(cluster, driver), put(cluster, driver)
+    dependencies = arguments(cluster)
+    first, second = bundle_of(cluster, x, b"first"), bundle_of(cluster, y, b"second")
+    told: list[Work] = []
+    for work in (first, second):
+        assert not dependencies.add(work, lambda work=work: told.append(work))
+    dependencies.activate(lambda template: int(template == b"first"))
+    dependencies.activate(lambda template: int(template == b"second"))
+    assert list(dependencies._active) == [first]
+    cluster.ranks[1].end_turn()
+    cluster.run()
+    assert told[0] is first
+    for work in (first, second):
+        dependencies.release(work)
+    cluster.ranks[1].end_turn()
+    release_all(cluster)
+
+
+def test_calls_whose_arguments_do_not_fit_together_keep_their_order():
+    cluster, driver = two_hosts(1)
+    actor = driver.create_actor(
+        cluster.template(driver, "A", resources={}, num_returns=0, node=1, actor=m.ActorOptions())
+    )
+    cluster.run()
+    cluster.worker_on(1).finish()
+    cluster.run()
+    calls = []
+    for _ in range(6):
+        x = put(cluster, driver, 6000)
+        calls += driver.call(actor, [x])
+        driver.release([x])
+    host = next(worker for worker in cluster.workers if worker.actor)
+    finish_all(cluster, Random(3).choice)
+    assert host.called == sorted(host.called)
+    assert len(host.called) == 6
+    driver.get(calls)
+    cluster.run()
+    assert not driver.errors
+    release_all(cluster)
+
+
+def test_calls_of_an_actor_that_is_ended_while_their_arguments_come_are_answered_at_once():
+    cluster, driver = two_hosts(1)
+    actor = driver.create_actor(
+        cluster.template(driver, "A", resources={}, num_returns=0, node=1, actor=m.ActorOptions())
+    )
+    cluster.run()
+    cluster.worker_on(1).finish()
+    x = put(cluster, driver)
+    (call,) = driver.call(actor, [x])
+    hold = {("rank", 1, 0)}
+    cluster.run(hold=hold)  # the pull is under way
+    driver.send(m.Kill(actor, True))
+    cluster.run(hold=hold)
+    cluster.run()
+    driver.get([call])
+    cluster.run()
+    assert payload.describe_system_error(driver.errors[call])[0] == "ActorDiedError"
+    release_all(cluster)
