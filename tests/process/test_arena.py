@@ -351,6 +351,17 @@ def test_parts_are_written_end_to_end_and_nowhere_else(
     assert bytes(arena.view(CONTROL_PAGE + start, 20)) == b"againand again" + data[14:20]
 
 
+def test_many_steps_into_untouched_memory_whichever_way_each_goes() -> None:
+    arena = Arena.create(64 << 20)
+    data = np.random.default_rng(2).bytes(30 << 20)
+    edges = [0, 1000, 5 << 20, (5 << 20) + 1, 29 << 20, len(data)]
+    arena.write(CONTROL_PAGE + 128, [memoryview(data)[start:end] for start, end in itertools.pairwise(edges)])
+    assert bytes(arena.view(CONTROL_PAGE + 128, len(data))) == data
+    assert not any(arena.view(CONTROL_PAGE, 128))
+    assert not any(arena.view(CONTROL_PAGE + 128 + len(data), 1 << 20))
+    arena.close()
+
+
 def test_another_process_sees_what_was_written_without_the_mapping(arena: Arena) -> None:
     peer = Peer(arena)
     peer.evaluate("arena.write(4096 + 640, [b'by a call, ', memoryview(b'not by a fault')])")
@@ -411,6 +422,53 @@ def test_prefault_rounds_up_to_pages(arena: Arena) -> None:
     assert arena.prefault_step(1) == mmap.PAGESIZE
     assert arena.prefault_step(0) == 0
     assert os.fstat(arena.fd).st_blocks * 512 == mmap.PAGESIZE
+
+
+# An arena in a file system of its own, mounted where nobody else sees it, whose huge pages are for those who ask.
+HUGE = """
+import os, pathlib, sys
+import hpcray.store.arena as module
+from hpcray.store.arena import CONTROL_PAGE, Arena
+mounted, setting = map(pathlib.Path, sys.argv[1:])
+module._HUGE_PAGES = setting
+fd = os.open(mounted / "arena", os.O_RDWR | os.O_CREAT)
+os.ftruncate(fd, CONTROL_PAGE + (64 << 20))
+arena = Arena.attach(fd)
+data = os.urandom(1 << 20) * 30
+arena.write(CONTROL_PAGE + 64, [data[:1000], memoryview(data)[1000:]])
+assert bytes(arena.view(CONTROL_PAGE + 64, len(data))) == data
+inside = False
+for line in open("/proc/self/smaps"):
+    if str(mounted) in line:
+        inside = True
+    elif inside and line.startswith("ShmemPmdMapped"):
+        print(line.split()[1])
+        break
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "has_huge_pages"), [("always [advise] never", True), ("always advise [never]", False)]
+)
+def test_an_arena_has_huge_pages_where_the_kernel_gives_them_to_those_who_ask(
+    tmp_path: Path, setting: str, has_huge_pages: bool
+) -> None:
+    mounted, told = tmp_path / "mounted", tmp_path / "shmem_enabled"
+    mounted.mkdir()
+    told.write_text(setting)
+    mount = f"mount -t tmpfs -o huge=advise,size=80m tmpfs {mounted}"
+    in_private = ["unshare", "--mount", "sh", "-c", f'{mount} || exit 77; exec "$@"', "sh"]
+    ended = subprocess.run(
+        [*in_private, sys.executable, "-c", HUGE, mounted, told],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if ended.returncode and ("unshare" in ended.stderr or ended.returncode == 77):
+        pytest.skip("no private file system with huge pages here: needs root and a kernel that has them")
+    assert ended.returncode == 0, ended.stderr
+    assert (int(ended.stdout) >= 28 << 10) is has_huge_pages, "kB in huge pages"
 
 
 def populate_is_known() -> bool:
