@@ -28,7 +28,7 @@ import msgspec
 from hpcray import ids, payload
 from hpcray.exceptions import GetTimeoutError, RaySystemError
 from hpcray.lanes import IDLE_SECONDS, CallerLanes, ServedLane
-from hpcray.object_ref import ObjectRef, counted
+from hpcray.object_ref import ObjectRef, adopt_for, counted
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import LENGTH_SIZE, decode_from_raylet, split_stream, stream_frame
 from hpcray.store.arena import Arena
@@ -55,6 +55,7 @@ _generation = 0
 def _count_generation() -> None:
     global _generation
     _generation += 1
+    adopt_for(None)  # the next one is refused, see `check_process`
 
 
 os.register_at_fork(after_in_child=_count_generation)
@@ -128,7 +129,7 @@ class Client:
         """Returns that came on lanes, and whose futures were not completed yet."""
         self._counter = 0
         self._counts: dict[bytes, int] = {}
-        self._born: deque[bytes] = deque()
+        self.born: deque[bytes] = deque()
         """Unpickled references that are not counted yet. One goes in before its instance can go into `_dead`."""
         self._dead: deque[bytes] = deque()
         self._dead_views: deque[_Stored] = deque()
@@ -175,7 +176,7 @@ class Client:
     def _send_locked(self, message: Any | None, *, only_views: bool = False) -> None:
         self.check_process()
         batch = self._pending
-        if self._dead or (self._born and not only_views):
+        if self._dead or (self.born and not only_views):
             self._collect_references(batch)
         if self._dead_views:
             self._collect_views(batch)
@@ -194,18 +195,21 @@ class Client:
     def _collect_references(self, batch: list[Any]) -> None:
         counts, values = self._counts, self._values
         dying = len(self._dead)  # those that have been born for certain, should others unpickle meanwhile
-        next_born, next_dead = self._born.popleft, self._dead.popleft
+        next_born, next_dead = self.born.popleft, self._dead.popleft
+        born = [next_born() for _ in range(len(self.born))]
+        dead = [next_dead() for _ in range(dying)]
+        names = set(born)
+        if len(names) == len(born) == dying and names == set(dead) and counts.keys().isdisjoint(names):
+            return  # a list of references that was only looked at: the raylet has never heard of them
         added: dict[bytes, None] = {}
-        for _ in range(len(self._born)):
-            identifier = next_born()
+        for identifier in born:
             known = counts.get(identifier, 0)
             counts[identifier] = known + 1
             if not known:
                 added[identifier] = None
         released: list[bytes] = []
         unpinned: list[bytes] = []
-        for _ in range(dying):
-            identifier = next_dead()
+        for identifier in dead:
             left = counts[identifier] - 1
             if left:
                 counts[identifier] = left
@@ -255,7 +259,7 @@ class Client:
 
     def flush(self) -> None:
         """Send what was released since the last message."""
-        if self._born or self._dead or self._dead_views or self._pending:
+        if self.born or self._dead or self._dead_views or self._pending:
             with self._lock:
                 self._send_locked(None)
 
@@ -275,17 +279,17 @@ class Client:
             return
         self._dead.append(identifier)
         # What was born and died between two messages is nobody's business: a list of references that was only looked at.
-        if len(self._dead) - len(self._born) >= RELEASES_KEPT or identifier in self._large:
+        if len(self._dead) - len(self.born) >= RELEASES_KEPT or identifier in self._large:
             self._flush_soon()
 
     def adopt(self, identifier: bytes) -> ObjectRef[Any]:
         """The reference that was just unpickled here."""
-        self._born.append(identifier)
+        self.born.append(identifier)
         return counted(identifier, self)
 
     def count_up(self, identifier: bytes) -> None:
         """One more `ObjectRef` instance of an object that may not have been held here before."""
-        self._born.append(identifier)
+        self.born.append(identifier)
 
     def release_at_once(self, identifier: bytes) -> None:
         """Have the raylet told as soon as the last reference is gone, not along with the next message."""
@@ -951,6 +955,7 @@ def set_client(client: Client | None) -> None:
     """Make this the process's connection."""
     global _current
     _current = client
+    adopt_for(client)
 
 
 def current_client() -> Client | None:

@@ -208,3 +208,21 @@ def test_a_get_that_reaches_the_raylet_is_a_hit(hpcray):
         assert hpcray.get(ref).nbytes == MEGABYTE
     assert store().hits == before.hits + 3
     assert store().misses == before.misses
+
+
+def test_references_that_were_only_looked_at_change_nothing_and_one_that_was_kept_counts(hpcray, wait_until):
+    wait_until(lambda: store().free == store().size, on_timeout=store)
+    inner = [hpcray.put(np.full(MEGABYTE, number, np.uint8)) for number in range(20)]
+    outer = hpcray.put(inner)
+    for _ in range(5):
+        assert hpcray.get(outer) == inner
+    kept = hpcray.get(outer)[3]
+    twice = hpcray.get([outer, outer])
+    del inner
+    assert store().primary.objects == 20
+    assert hpcray.get(twice[1][19]).max() == 19
+    del outer, twice
+    wait_until(lambda: store().primary.objects == 1, on_timeout=store)
+    assert hpcray.get(kept).min() == 3
+    del kept
+    wait_until(lambda: store().free == store().size, on_timeout=store)
