@@ -7,8 +7,8 @@ Rules:
   3. Where there is no room, blocks without pins leave, those least recently looked at first: unused copies, then copies that
      others have too, then primary copies that are on disk as well. If that is not enough, the creator waits, and the keeper
      is told, once per turn, how much is waited for (`on_pressure`): it spills.
-  4. A creator waits until, for `patience` seconds, nothing has come free; then it is told so. One that asks for more than the
-     arena has is told at the end of the turn.
+  4. A creator waits until, for `patience` seconds, nothing has come free and no write to disk was begun that is still under
+     way; then it is told so. One that asks for more than the arena has is told at the end of the turn.
 
 Blocks in arenas of other ranks of this host are pinned here as well; the last pin on them goes back to that rank.
 """
@@ -58,8 +58,8 @@ class Keeper(Protocol):
     def on_evicted(self, block: Block) -> None:
         """This block made room for something else."""
 
-    def on_pressure(self, needed: int, now: float) -> None:
-        """So many bytes are waited for, and nothing that could simply go is left."""
+    def on_pressure(self, needed: int, now: float) -> float:
+        """So many bytes are waited for, and nothing that could simply go is left. Since when room is being made (-inf: not)."""
 
     def on_idle(self, block: Block) -> None:
         """Nobody here looks any more at this block of another rank, which wants it back."""
@@ -104,6 +104,7 @@ class Memory:
         """Those who are to be told that there is no room."""
         self._freed_at = float("-inf")
         self._has_freed = False
+        self._busy_since = float("-inf")
 
     # ---------------------------------------------------------------------------------------------------------- looking
     def pin(self, block: Block) -> None:
@@ -185,7 +186,7 @@ class Memory:
         for creator in refused:
             creator.then(None)
         if self._creators:
-            self._keeper.on_pressure(sum(creator.size for creator in self._creators), now)
+            self._busy_since = self._keeper.on_pressure(sum(creator.size for creator in self._creators), now)
         if self._has_freed:
             self._has_freed = False
             self._freed_at = now
@@ -203,7 +204,7 @@ class Memory:
         self._has_freed = True
 
     def _deadline(self, creator: _Creator) -> float:
-        return max(creator.since, self._freed_at) + self._patience
+        return max(creator.since, self._freed_at, self._busy_since) + self._patience
 
     @property
     def next_expiry(self) -> float | None:

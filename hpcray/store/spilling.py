@@ -56,7 +56,9 @@ class Spiller:
         self._keeper = keeper
         self.under_way = 0
         """Bytes that are being written."""
-        self._batches = 0
+        self._batches: dict[int, float] = {}
+        """Those under way, and since when."""
+        self._batches_made = 0
         self.error = ""
         """Why the last write failed; empty if it did not."""
         self.retry_at: float | None = None
@@ -74,10 +76,15 @@ class Spiller:
             return
         goal = max(needed, min(self._memory.size // 10, BATCHES * FILE_BYTES))
         most = min(FILE_BYTES, max(goal // BATCHES, LEAST_BATCH))
-        while self.under_way < goal and self._batches < BATCHES and (batch := self._next_batch(most)):
+        while self.under_way < goal and len(self._batches) < BATCHES and (batch := self._next_batch(most)):
             self._write(batch)
             if self.retry_at is not None:
                 return
+
+    @property
+    def busy_since(self) -> float:
+        """When the oldest batch under way was begun; -inf if there is none."""
+        return min(self._batches.values(), default=float("-inf"))
 
     def _next_batch(self, most: int) -> list[Block]:
         batch: list[Block] = []
@@ -92,13 +99,15 @@ class Spiller:
     def _write(self, batch: list[Block]) -> None:
         size = sum(block.size for block in batch)
         self.under_way += size
-        self._batches += 1
+        self._batches_made += 1
+        number = self._batches_made
+        self._batches[number] = self._now
         for block in batch:
             self._memory.pin(block)
 
         def done(extents: list[Extent], error: str | None) -> None:
             self.under_way -= size
-            self._batches -= 1
+            del self._batches[number]
             self.error = error or ""
             self.retry_at = self._now + RETRY_PAUSE if error else None
             for block, extent in zip(batch, extents, strict=False):

@@ -340,11 +340,12 @@ class ObjectTable:
         else:
             del self.entries[entry.id]
 
-    def on_pressure(self, needed: int, now: float) -> None:
+    def on_pressure(self, needed: int, now: float) -> float:
         """Creators wait for so many bytes: spill, and have other ranks of this host let go of what they only map."""
         self.spiller.relieve(needed, now)
         if self.spiller.under_way < needed:
             self.transfers.recall(needed - self.spiller.under_way)
+        return self.spiller.busy_since
 
     def on_recall(self, identifier: bytes, owner: int) -> None:
         """Another rank of this host has no room: unmap its block as soon as nobody here looks at it."""
