@@ -29,7 +29,7 @@ from hpcray import config as configuration
 from hpcray.ids import new_nonce
 from hpcray.launcher import attach, stdio
 from hpcray.launcher.connect import Connection, silence_interrupts
-from hpcray.launcher.environment import scrub
+from hpcray.launcher.environment import MPI_SETTINGS, scrub
 from hpcray.launcher.mpirun import STOP_SIGNAL
 from hpcray.launcher.options import JobOptions
 from hpcray.launcher.roles import Launch, LaunchError, check_pmi, check_world, detect_launch, offers_cpus
@@ -119,8 +119,8 @@ def enter_world(launch: Launch) -> World:
     Raises:
         LaunchError: There is no MPI library, or it does not speak the launcher's PMI.
     """
-    # Slurm's PMIx plugin and the wheel's client disagree about munge, at length and without effect.
-    os.environ.setdefault("PMIX_MCA_psec", "native")
+    for name, value in MPI_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import mpi4py
 

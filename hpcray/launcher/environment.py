@@ -21,6 +21,16 @@ THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
 )
 
+MPI_SETTINGS = {
+    # Slurm's PMIx plugin and the wheel's client disagree about munge, at length and without effect.
+    "PMIX_MCA_psec": "native",
+    # What ranks move lies in host memory: without these, a library that knows GPUs asks a driver about each buffer.
+    "OMPI_MCA_accelerator": "null",
+    "OMPI_MCA_opal_cuda_support": "0",  # Open MPI 4
+    "MPIR_CVAR_ENABLE_GPU": "0",
+}
+"""For MPI in the ranks, where the user has not set it otherwise."""
+
 SET_AT_START = frozenset(name for name in THREAD_VARIABLES if name in os.environ)
 """Thread variables of this process's own environment as it was when it started: the user's choice."""
 

@@ -49,9 +49,11 @@ class Receiver(pulls.Receiver, Protocol):
 class _Serving:
     """One receiver that is being sent an object."""
 
-    __slots__ = ("block", "sent_on")
+    __slots__ = ("block", "receiver", "sent_on", "tag")
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, receiver: int, tag: int, block: Block) -> None:
+        self.receiver = receiver
+        self.tag = tag
         self.block = block
         self.sent_on = 0
         """How many others were told to have it from this receiver."""
@@ -70,8 +72,8 @@ class Transfers:
         self._receiver = receiver
         self.pulls = Pulls(rank, entries, memory, out, receiver, self)
         self.sent_bytes = 0
-        self._servings: dict[bytes, dict[tuple[int, int], _Serving]] = {}
-        """By object, and by receiver and tag."""
+        self._servings: dict[bytes, list[_Serving]] = {}
+        """By object. The receiver may be done before us, and ask again under the same tag."""
         self._mapped_out: dict[tuple[int, bytes], Block] = {}
         """Blocks of this arena that other ranks of the host map, by rank and object."""
         self._recalled: set[tuple[int, bytes]] = set()
@@ -95,19 +97,19 @@ class Transfers:
         if block is None:
             self._out.send(receiver, m.PullFailed(message.id, message.tag, 0))
             return
-        servings = self._servings.setdefault(message.id, {})
+        servings = self._servings.setdefault(message.id, [])
         other = self._who_else(servings, receiver)
         if other != NOBODY:
             self._out.send(receiver, m.PullFrom(message.id, message.tag, other))
             return
-        key = receiver, message.tag
-        servings[key] = _Serving(block)
+        serving = _Serving(receiver, message.tag, block)
+        servings.append(serving)
         self._memory.pin(block)
 
         def done(error: str | None) -> None:
             if error is None:
                 self.sent_bytes += block.size - message.start
-            del servings[key]
+            servings.remove(serving)
             if not servings:
                 del self._servings[message.id]
             self._memory.unpin(block)
@@ -115,9 +117,9 @@ class Transfers:
         transfer = Transfer(receiver, message.tag, block, message.start, filling, message.urgency)
         self._out.serve(transfer, done)
 
-    def _who_else(self, servings: dict[tuple[int, int], _Serving], receiver: int) -> int:
+    def _who_else(self, servings: list[_Serving], receiver: int) -> int:
         """The rank that `receiver` is to have the object from in our place: one of its host first."""
-        others = {rank: serving for (rank, _), serving in servings.items() if rank != receiver}
+        others = {serving.receiver: serving for serving in servings if serving.receiver != receiver}
         chosen = next((rank for rank in others if self._out.share_host(rank, receiver)), NOBODY)
         if chosen == NOBODY and len(others) >= FANOUT:
             chosen = min(others, key=lambda rank: others[rank].sent_on)
@@ -132,10 +134,10 @@ class Transfers:
     def on_given_up(self, block: Block) -> None:
         """This block will not be filled any more: whoever is sent what has arrived of it must go on elsewhere."""
         why = "its own source has failed"
-        for (receiver, tag), serving in list(self._servings.get(block.id, {}).items()):
+        for serving in list(self._servings.get(block.id, ())):
             if serving.block is block:
-                sent = self._out.end_serve(receiver, tag, why)
-                self._out.send(receiver, m.PullFailed(block.id, tag, sent))
+                sent = self._out.end_serve(serving.receiver, serving.tag, why)
+                self._out.send(serving.receiver, m.PullFailed(block.id, serving.tag, sent))
 
     # ---------------------------------------------------------------------------------------------------------- mapping
     def on_map(self, identifier: bytes, mapper: int) -> None:
@@ -213,8 +215,8 @@ class Transfers:
                 entry.copies.discard(rank)
             if entry.mappers:
                 entry.mappers.discard(rank)
-        for receiver, tag in [key for servings in self._servings.values() for key in servings if key[0] == rank]:
-            self._out.end_serve(receiver, tag, f"rank {rank} died")
+        for serving in [each for servings in self._servings.values() for each in servings if each.receiver == rank]:
+            self._out.end_serve(rank, serving.tag, f"rank {rank} died")
         for mapper, identifier in [key for key in self._mapped_out if key[0] == rank]:
             self.on_unmap(identifier, mapper)
         self.pulls.on_rank_lost(rank)
@@ -226,5 +228,7 @@ class Transfers:
             if block.id != identifier or block.rank != self._rank or block.pins < 1:
                 raise InternalError(f"rank {self._rank}: {identifier.hex()}, mapped by rank {mapper}, is not pinned")
         for identifier, servings in self._servings.items():
-            if not servings or any(s.block.id != identifier or s.block.pins < 1 for s in servings.values()):
-                raise InternalError(f"rank {self._rank}: {identifier.hex()} is sent to {list(servings)} and not pinned")
+            if not servings or any(s.block.id != identifier or s.block.pins < 1 for s in servings):
+                raise InternalError(
+                    f"rank {self._rank}: {identifier.hex()} is sent to {len(servings)} ranks and not pinned"
+                )

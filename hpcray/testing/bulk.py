@@ -1,4 +1,7 @@
-"""The bulk data of the fake cluster: transfers of a few chunks, each of which arrives when the test says so."""
+"""The bulk data of the fake cluster: transfers of a few chunks, each of which arrives when the test says so.
+
+As with MPI, a receiver is done before its holder is, and may use the tag again at once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class Journey:
     def __init__(self, receiver: int, target: Transfer, received: Done) -> None:
         self.receiver = receiver
         self.target = target
-        self.received = received
+        self.received: Done | None = received
         self.source: Transfer | None = None
         self.served: Done | None = None
         self.arrived = 0
@@ -37,33 +40,53 @@ class Journey:
         filling = self.source.filling
         return size if filling is None or filling.size - self.source.start >= self.arrived + size else 0
 
+    @property
+    def has_left(self) -> bool:
+        """Whether the holder may learn that it is done."""
+        return self.served is not None and self.arrived >= self.end
+
 
 class FakeBulk:
-    """All transfers of a cluster, by receiver and tag."""
+    """All transfers of a cluster."""
 
     def __init__(self, copy: Copy) -> None:
-        self.journeys: dict[tuple[int, int], Journey] = {}
         self._copy = copy
+        self._journeys: dict[int, Journey] = {}
+        self._receives: dict[tuple[int, int, int], Journey] = {}
+        """By receiver, holder and tag."""
+        self._serves: dict[tuple[int, int, int], Journey] = {}
+        self._made = 0
+
+    def new_tag(self, receiver: int, holder: int) -> int:
+        """The least that is free."""
+        return next(tag for tag in range(1, 1 << 20) if (receiver, holder, tag) not in self._receives)
 
     def receive(self, receiver: int, target: Transfer, done: Done) -> None:
-        self.journeys[receiver, target.tag] = Journey(receiver, target, done)
+        self._made += 1
+        journey = Journey(receiver, target, done)
+        self._journeys[self._made] = self._receives[receiver, target.rank, target.tag] = journey
 
     def serve(self, holder: int, source: Transfer, done: Done) -> None:
-        journey = self.journeys[source.rank, source.tag]
-        assert journey.target.rank == holder
+        key = source.rank, holder, source.tag
+        journey = self._serves[key] = self._receives[key]
+        assert journey.source is None
         assert journey.target.start == source.start
         assert journey.target.block.size == source.block.size
         journey.source = source
         journey.served = done
 
     def choices(self) -> list[tuple[int, int]]:
-        """Transfers of which something can arrive now."""
-        return [key for key, journey in self.journeys.items() if journey.next_chunk()]
+        """Transfers to which something can happen now, as (receiver, number)."""
+        return [(j.receiver, number) for number, j in self._journeys.items() if j.next_chunk() or j.has_left]
 
-    def arrive(self, receiver: int, tag: int) -> tuple[int, ...]:
-        """Let one chunk arrive; the ranks to which something happened."""
-        journey = self.journeys[receiver, tag]
+    def proceed(self, number: int) -> int:
+        """Let one chunk arrive, or the holder learn that all has left; the rank to which that happened."""
+        journey = self._journeys[number]
         size = journey.next_chunk()
+        if not size:
+            holder = journey.target.rank
+            self._leave(journey)
+            return holder
         source, target = journey.source, journey.target
         assert source is not None
         start = target.start + journey.arrived
@@ -71,37 +94,52 @@ class FakeBulk:
         journey.arrived += size
         if target.filling is not None:
             target.filling.size = start + size
-        return self._finish(journey)
+        self._finish(journey)
+        return journey.receiver
 
-    def end_receive(self, receiver: int, tag: int, size: int, why: str) -> None:
-        if (journey := self.journeys.get((receiver, tag))) is not None:
+    def end_receive(self, receiver: int, holder: int, tag: int, size: int, why: str) -> None:
+        if (journey := self._receives.get((receiver, holder, tag))) is not None:
             journey.end = min(journey.end, size)
             journey.error = why
             self._finish(journey)
 
-    def end_serve(self, receiver: int, tag: int, why: str) -> int:
+    def end_serve(self, receiver: int, holder: int, tag: int, why: str) -> int:
         """One more chunk than has arrived is under way, if there was one to send."""
-        journey = self.journeys[receiver, tag]
+        journey = self._serves[receiver, holder, tag]
         journey.end = journey.arrived + journey.next_chunk()
         journey.cut = why
-        self._finish(journey)
+        if journey.has_left:
+            self._leave(journey)
         return journey.end
 
     def lose(self, rank: int) -> None:
         """Nothing comes from a dead rank, and nothing reaches it."""
-        for (receiver, _), journey in self.journeys.items():
-            if journey.target.rank == rank:
-                journey.source = journey.served = None
-            elif receiver == rank:
+        for journey in self._journeys.values():
+            if rank in (journey.receiver, journey.target.rank):
                 journey.source = None
+            if journey.target.rank == rank:
+                journey.served = None
 
-    def _finish(self, journey: Journey) -> tuple[int, ...]:
-        if journey.arrived < journey.end:
-            return (journey.receiver,)
+    def _finish(self, journey: Journey) -> None:
+        # Where the holder has cut it short, the receiver is still to be told.
+        if journey.arrived < journey.end or (journey.cut is not None and journey.error is None):
+            return
+        received, journey.received = journey.received, None
+        if received is not None:
+            del self._receives[journey.receiver, journey.target.rank, journey.target.tag]
+            self._forget(journey)
+            received(journey.error)
+
+    def _leave(self, journey: Journey) -> None:
         served, journey.served = journey.served, None
-        if journey.cut is None or journey.error is not None:  # else the receiver is still to be told
-            del self.journeys[journey.receiver, journey.target.tag]
-            journey.received(journey.error)
-        if served is not None:
-            served(journey.cut or journey.error)
-        return journey.receiver, journey.target.rank
+        key = journey.receiver, journey.target.rank, journey.target.tag
+        if self._serves.get(key) is journey:
+            del self._serves[key]
+        self._forget(journey)
+        assert served is not None
+        served(journey.cut or journey.error)
+
+    def _forget(self, journey: Journey) -> None:
+        if journey.received is None and journey.served is None:
+            for number in [number for number, other in self._journeys.items() if other is journey]:
+                del self._journeys[number]

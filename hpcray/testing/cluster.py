@@ -49,7 +49,6 @@ class Node:
         """Writes and reads that are under way."""
         self._files = 0
         self._cluster = cluster
-        self._tags = 0
         self.core = RayletCore(
             rank,
             cluster.nodes,
@@ -100,14 +99,13 @@ class Node:
         self.kill_client(client)
 
     def new_tag(self, rank: int) -> int:
-        self._tags += 1
-        return self._tags
+        return self._cluster.bulk.new_tag(self.rank, rank)
 
     def receive(self, transfer: Transfer, done: Done) -> None:
         self._cluster.bulk.receive(self.rank, transfer, done)
 
     def end_receive(self, rank: int, tag: int, size: int, why: str) -> None:
-        self._cluster.bulk.end_receive(self.rank, tag, size, why)
+        self._cluster.bulk.end_receive(self.rank, rank, tag, size, why)
 
     def serve(self, transfer: Transfer, done: Done) -> None:
         self._cluster.bulk.serve(self.rank, transfer, done)
@@ -116,7 +114,7 @@ class Node:
         """Which transfer goes on next is the test's choice."""
 
     def end_serve(self, rank: int, tag: int, why: str) -> int:
-        return self._cluster.bulk.end_serve(rank, tag, why)
+        return self._cluster.bulk.end_serve(rank, self.rank, tag, why)
 
     def spill(self, blocks: list[Block], done: Callable[[list[Extent], str | None], None]) -> None:
         self._files += 1
@@ -290,8 +288,7 @@ class Cluster:
         """Let the first frame of a link, or the bytes of a transfer, arrive."""
         kind, first, second = link
         if kind == "bulk":
-            for rank in self.bulk.arrive(first, second):
-                self.ranks[rank].end_turn()
+            self.ranks[self.bulk.proceed(second)].end_turn()
             return
         if kind == "disk":
             self.ranks[first].disk_jobs.pop(second)()

@@ -242,7 +242,7 @@ class Bulk:
         lane.add(send)
         self.last_moved = monotonic()
         self._advance(lane)
-        if send.is_done and (send.peer, send.tag) in self._sends:
+        if send.is_done and send in lane.sends:
             self._finish_sends(lane)  # it was empty
 
     # ---------------------------------------------------------------------------------------------------------- changes
@@ -311,7 +311,8 @@ class Bulk:
 
     def _drop(self, lane: Lane, send: Send) -> None:
         lane.sends.remove(send)
-        del self._sends[send.peer, send.tag]
+        if self._sends.get((send.peer, send.tag)) is send:  # else the receiver, done before us, has used the tag again
+            del self._sends[send.peer, send.tag]
         if not lane.sends:
             del self._lanes[send.peer]
             self._order.remove(lane)

@@ -21,8 +21,10 @@ COMMANDS: dict[str, list[str]] = {
     "tasks-2": [*JOB, "-n", "2", "bench_tasks.py"],
     "put": [*JOB, "bench_put.py"],
     "store": [*JOB, "bench_store.py"],
+    "references": [*JOB, "bench_references.py"],
     "boot": ["bench_boot.py"],
     "idle": ["bench_idle.py"],
+    "transfer": ["mpirun", "4", "bench_transfer.py"],
 }
 """What follows `python`, all but `--quick`."""
 MORE_COMMANDS: dict[str, list[str]] = {

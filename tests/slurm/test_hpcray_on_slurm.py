@@ -42,6 +42,39 @@ for i in range(3):
 print("hosts", sorted(seen), "nodes", len(hpcray.nodes()), flush=True)
 """
 
+PRESSED = """
+import numpy as np
+
+import hpcray
+
+SIZE = 20_000_000  # bytes; a store has room for seven
+
+@hpcray.remote(num_cpus=1)
+def total(*arrays):
+    return [int(array[0]) for array in arrays], sum(int(array[-1]) for array in arrays)
+
+@hpcray.remote(num_cpus=1)
+def look(refs):
+    return int(hpcray.get(refs[0])[-1])
+
+hpcray.init()
+nodes = [node["NodeID"] for node in hpcray.nodes() if node["Resources"].get("CPU")]
+arrays = [np.full(SIZE // 8, i) for i in range(12)]
+refs = [hpcray.put(array) for array in arrays]
+del arrays
+# A broadcast, and arguments that together are more than any store has room for.
+assert hpcray.get([look.options(scheduling_strategy="SPREAD").remote([refs[3]]) for _ in range(9)], timeout=60) == [3] * 9
+work = {}
+for first in range(12):
+    chosen = [(first + k) % 12 for k in range(4)]
+    work[total.options(scheduling_strategy="SPREAD").remote(*[refs[i] for i in chosen])] = (chosen, sum(chosen))
+for ref, expected in work.items():
+    assert hpcray.get(ref, timeout=60) == expected
+ready, _ = hpcray.wait(refs, num_returns=12, fetch_local=True, timeout=60)
+assert len(ready) == 12
+print("nodes", len(nodes), flush=True)
+"""
+
 
 @pytest.fixture(params=["openmpi:pmix", "mpich:pmi2"])
 def library(request: pytest.FixtureRequest) -> tuple[str, str]:
@@ -78,6 +111,17 @@ def test_arrays_move_between_hosts(
     done = run(slurm_cluster, *library, "--num-cpus", "1", "arrays.py", per_host=per_host, cwd=tmp_path)
     assert done.returncode == 0, done
     assert f"hosts ['n1', 'n2', 'n3'] nodes {3 * per_host}" in done.stdout, done
+
+
+@pytest.mark.parametrize("per_host", [1, 2])
+def test_arguments_of_many_tasks_are_fetched_where_they_do_not_all_fit(
+    slurm_cluster: SlurmCluster, library: tuple[str, str], tmp_path: Path, per_host: int
+) -> None:
+    (tmp_path / "pressed.py").write_text(PRESSED)
+    options = ["--num-cpus", "1", "--object-store-memory", "150000000"]
+    done = run(slurm_cluster, *library, *options, "pressed.py", per_host=per_host, cwd=tmp_path)
+    assert done.returncode == 0, done
+    assert f"nodes {3 * per_host}" in done.stdout, done
 
 
 def test_a_plain_script_finds_its_job_under_srun(
