@@ -69,7 +69,7 @@ class Entry:
         self.borrows = 0
         """How many times the home counts us (elsewhere homed only)."""
         self.borrowers: dict[int, int] | None = None
-        """At home: rank → how often counted; a release may overtake its borrow, so a count may pass through -1."""
+        """At home: rank → how often counted."""
         # The value, and who waits for it:
         self.state = PENDING
         self.data: bytes = b""

@@ -162,7 +162,9 @@ class References:
         if entry is None:
             entry = self._entries[identifier] = Entry(identifier)
             self._keeper.on_forgotten(entry)
-        self._count_borrower(entry, borrower, +1)
+        if entry.borrowers is None:
+            entry.borrowers = {}
+        entry.borrowers[borrower] = entry.borrowers.get(borrower, 0) + 1
 
     def on_borrowed(self, home: int) -> None:
         """The home counted the oldest of our borrows that it had not answered."""
@@ -174,19 +176,15 @@ class References:
     def on_unborrow(self, identifier: bytes, borrower: int, count: int) -> None:
         """A borrower gives back `count` borrows."""
         entry = self._entries.get(identifier)
-        if entry is None:
+        known = entry.borrowers.get(borrower, 0) if entry is not None and entry.borrowers else 0
+        if entry is None or entry.borrowers is None or known < count:
             raise InternalError(
-                f"rank {borrower} gives back {identifier.hex()}, which its home {self._rank} has forgotten"
+                f"rank {borrower} gives back {count} borrows of {identifier.hex()}, its home {self._rank} knows of {known}"
             )
-        self._count_borrower(entry, borrower, -count)
-
-    def _count_borrower(self, entry: Entry, borrower: int, change: int) -> None:
-        if entry.borrowers is None:
-            entry.borrowers = {}
-        if count := entry.borrowers.get(borrower, 0) + change:
-            entry.borrowers[borrower] = count
+        if known > count:
+            entry.borrowers[borrower] = known - count
         else:
-            entry.borrowers.pop(borrower, None)
+            del entry.borrowers[borrower]
             self.settle(entry)
 
     def _borrow(self, identifier: bytes, borrower: int) -> None:

@@ -429,11 +429,6 @@ def test_to_drop_what_nobody_holds_is_a_bug(table):
         table.references.drop(name(ME, 1))
 
 
-def test_to_give_back_what_the_home_forgot_is_a_bug(table):
-    with pytest.raises(InternalError, match="has forgotten"):
-        table.references.on_unborrow(name(ME, 1), FAR, 1)
-
-
 def test_holding_a_reference_homed_here_that_was_freed_gives_an_error_and_no_hang(table):
     entry = table.references.hold(name(ME, 1))
     assert entry.state == INLINE
