@@ -1,0 +1,367 @@
+"""What goes to disk when, and what becomes of it: a table with a disk that does what the test says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from hpcray import payload
+from hpcray.protocol import messages as m
+from hpcray.store.allocator import Allocator
+from hpcray.store.entry import AWAY, HERE, INLINE, PREFETCH, SPILLED, Extent
+from hpcray.store.memory import Block
+from hpcray.store.spilling import LEAST_BATCH, RETRY_PAUSE
+from hpcray.store.table import ObjectTable
+from tests.unit.store.test_table import FAR, ME, NEIGHBOUR, PATIENCE, SIZE, Out, name
+from tests.unit.store.test_table import ask as ask_for
+from tests.unit.store.test_table import need as learn_of
+from tests.unit.store.test_table import write as write_block
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture
+def out() -> Out:
+    return Out()
+
+
+@pytest.fixture
+def table(out: Out) -> Iterator[ObjectTable]:
+    table = ObjectTable(ME, Allocator(0, SIZE), out, patience=PATIENCE)
+    yield table
+    table.check()
+
+
+def put(table: ObjectTable, number: int, size: int = 1024) -> bytes:
+    identifier = name(ME, number)
+    block = write_block(table, identifier, size)
+    table.references.create(identifier)
+    table.set_here(identifier, block, [])
+    return identifier
+
+
+def fill(table: ObjectTable) -> list[bytes]:
+    return [put(table, number) for number in range(SIZE // 1024)]
+
+
+def finish_write(out: Out, error: str | None = None, count: int | None = None) -> list[Extent]:
+    """The oldest write ends, after so many blocks if it failed."""
+    blocks, done = out.writing.pop(0)
+    extents = [Extent(1, 4096 * index, block.size, 7) for index, block in enumerate(blocks[:count])]
+    done(extents, error)
+    return extents
+
+
+def state(table: ObjectTable, identifier: bytes) -> int:
+    return table.entries[identifier].state
+
+
+def test_nothing_is_spilled_before_somebody_waits(table, out):
+    fill(table)
+    table.end_turn(0.0)
+    assert not out.writing
+
+
+def test_the_least_recently_looked_at_goes_first_and_who_is_looked_at_stays(table, out):
+    ids = fill(table)
+    first, second = (table.entries[i].block for i in ids[:2])
+    table.memory.pin(first)
+    table.memory.pin(second)
+    table.memory.unpin(second)  # the most recent now
+    told = ask_for(table, 1024)
+    table.end_turn(0.0)
+    ((blocks, _),) = out.writing
+    assert [block.id for block in blocks] == [ids[2], ids[3], ids[1]]
+    assert all(block.pins == 1 for block in blocks), "nobody takes it while it is written"
+    finish_write(out)
+    assert len(told) == 1
+    assert state(table, ids[2]) == SPILLED, "it made room"
+    assert [state(table, i) for i in (ids[0], ids[1], ids[3])] == [HERE] * 3
+    told = ask_for(table, 1024)
+    assert len(told) == 1, "what is on disk too goes without another write"
+    assert not out.writing
+
+
+def test_what_is_looked_at_while_it_is_written_stays_and_keeps_its_copy_on_disk(table, out):
+    ids = fill(table)
+    told = ask_for(table, SIZE)
+    table.end_turn(0.0)
+    block = table.entries[ids[0]].block
+    table.memory.pin(block)
+    finish_write(out)
+    assert not told
+    assert state(table, ids[0]) == HERE
+    assert [state(table, i) for i in ids[1:]] == [SPILLED] * 3
+    table.memory.unpin(block)
+    assert len(told) == 1
+    assert state(table, ids[0]) == SPILLED
+
+
+def test_what_is_freed_while_it_is_written_leaves_nothing_on_disk(table, out):
+    ids = fill(table)
+    told = ask_for(table, 1024)
+    table.end_turn(0.0)
+    table.references.drop(ids[0])
+    assert not told, "it is still being read by the writer"
+    extents = finish_write(out)
+    assert len(told) == 1
+    assert out.forgotten == extents[:1]
+
+
+def test_a_spilled_object_is_read_back_when_it_is_wanted_and_forgotten_when_it_is_freed(table, out):
+    ids = fill(table)
+    (_,) = spill_all(table, out)
+    told: list[bytes | None] = []
+    assert not table.when_local(ids[1], told.append)
+    assert not table.when_local(ids[1], told.append)
+    ((extent, block, done),) = out.reading
+    assert extent == table.entries[ids[1]].spilled
+    assert not told
+    done(None)
+    assert told == [None, None]
+    assert state(table, ids[1]) == HERE
+    assert table.entries[ids[1]].block is block
+    assert table.entries[ids[1]].spilled == extent, "evicting it again costs nothing"
+    table.references.drop(ids[1])
+    assert out.forgotten == [extent]
+
+
+def spill_all(table: ObjectTable, out: Out) -> list[Block]:
+    """Have everything go to disk, and the arena empty."""
+    told = ask_for(table, SIZE)
+    table.end_turn(0.0)
+    while out.writing:
+        finish_write(out)
+    (block,) = told
+    assert block is not None
+    table.memory.abandon(block)
+    return [block]
+
+
+def test_an_object_that_is_freed_while_it_is_read_back_gives_its_memory_back(table, out):
+    ids = fill(table)
+    spill_all(table, out)
+    told: list[bytes | None] = []
+    table.when_local(ids[0], told.append)
+    ((extent, _, done),) = out.reading
+    table.references.drop(ids[0])
+    assert out.forgotten == [extent]
+    (error,) = told
+    assert payload.describe_system_error(error)[0] == "ObjectLostError"
+    assert table.memory.in_use == 1024
+    done(None)
+    assert table.memory.in_use == 0
+
+
+def test_an_object_that_cannot_be_read_becomes_an_error_that_says_why(table, out):
+    ids = fill(table)
+    spill_all(table, out)
+    told: list[bytes | None] = []
+    table.when_local(ids[0], told.append)
+    out.reading[0][2]("12 bytes at offset 0 of spill file 1: Input/output error")
+    assert told == [None]
+    assert state(table, ids[0]) == INLINE
+    text, identifier = payload.describe_system_error(table.entries[ids[0]].data)[1]
+    assert "offset 0 of spill file 1: Input/output error" in text
+    assert identifier == ids[0].hex()
+    assert table.memory.in_use == 0
+    assert [state(table, i) for i in ids[1:]] == [SPILLED] * 3
+
+
+def test_another_ranks_copy_takes_the_place_of_one_that_cannot_be_read(table, out):
+    ids = fill(table)
+    table.transfers.on_copy_added(m.CopyAdded(ids[0], mapped=False), FAR)
+    spill_all(table, out)
+    told: list[bytes | None] = []
+    table.when_local(ids[0], told.append)
+    out.reading[0][2]("the checksum does not match")
+    assert not told
+    assert [type(message) for _, message in out.take()] == [m.Pull]
+    out.arrive()
+    assert told == [None]
+    entry = table.entries[ids[0]]
+    assert (entry.state, entry.is_primary) == (HERE, True)
+
+
+def test_a_primary_copy_of_an_object_homed_elsewhere_that_is_lost_is_reported_to_its_home(table, out):
+    x = name(FAR, 1)
+    table.keep_primary(x, write_block(table, x))
+    spill_all(table, out)
+    table.transfers.on_map(x, NEIGHBOUR)
+    assert not out.take()
+    out.reading[0][2]("the checksum does not match")
+    (to_home, lost), (_, locate) = out.take()
+    assert to_home == FAR
+    assert isinstance(lost, m.CopyLost)
+    assert locate == m.Locate(x)
+    table.on_located(m.Located(x, lost.error, len(lost.error), []))
+    assert out.take() == [(NEIGHBOUR, m.PullFailed(x, 0, 0))]
+    assert not table.entries
+
+
+def test_the_home_keeps_the_last_copy_if_the_primary_one_is_lost(table, out):
+    x = name(ME, 1)
+    table.references.create(x)
+    table.set_away(x, FAR, 1024, [])
+    table.when_local(x, lambda _: None)
+    out.arrive()
+    table.on_copy_lost(m.CopyLost(x, b"an error"), FAR)
+    assert table.entries[x].is_primary
+    assert table.memory.primaries
+
+
+def test_the_home_gives_the_error_of_the_disk_to_all_who_ask(table, out):
+    x = name(ME, 1)
+    table.references.create(x)
+    table.set_away(x, FAR, 1024, [])
+    error = payload.system_error("ObjectLostError", "the disk", x.hex())
+    table.on_copy_lost(m.CopyLost(x, error), FAR)
+    table.on_locate(x, NEIGHBOUR)
+    assert out.take() == [(NEIGHBOUR, m.Located(x, error, len(error), []))]
+
+
+def test_what_could_not_be_written_stays_and_is_tried_again_after_a_pause(table, out):
+    ids = fill(table)
+    told = ask_for(table, SIZE)
+    table.end_turn(0.0)
+    finish_write(out, "No space left on device", count=1)
+    assert [table.entries[i].spilled is not None for i in ids] == [True, False, False, False]
+    table.end_turn(RETRY_PAUSE / 2)
+    assert not out.writing
+    assert table.next_expiry == RETRY_PAUSE
+    table.end_turn(RETRY_PAUSE)
+    assert len(out.writing[0][0]) == 3
+    finish_write(out)
+    assert len(told) == 1
+    assert not table.spiller.error
+
+
+def test_who_waits_in_vain_is_told_what_the_disk_said_and_the_objects_are_there(table, out):
+    ids = fill(table)
+    told = ask_for(table, 1024)
+    now = 0.0
+    table.end_turn(now)
+    while not told:
+        if out.writing:
+            finish_write(out, "No space left on device, in /scratch", count=0)
+            table.end_turn(now)
+            continue
+        due = table.next_expiry
+        assert due is not None
+        now = max(now, due)
+        table.end_turn(now)
+    assert told == [None]
+    assert now == PATIENCE
+    assert "4,096 bytes could not be spilled (No space left on device, in /scratch)" in table.why_full(1024)
+    assert [state(table, i) for i in ids] == [HERE] * 4
+
+
+def test_a_write_under_way_is_waited_for_and_a_disk_that_hangs_is_not(table, out):
+    fill(table)
+    told = ask_for(table, 1024)
+    table.end_turn(0.0)
+    table.end_turn(PATIENCE - 0.1)
+    assert not told
+    table.end_turn(PATIENCE)
+    assert told == [None]
+
+
+def test_a_restore_for_which_no_room_comes_fails_those_who_wait_and_not_the_object(table, out):
+    (spilled, *_) = fill(table)
+    spill_all(table, out)
+    ids = [put(table, number) for number in range(10, 14)]
+    for i in ids:
+        table.memory.pin(table.entries[i].block)
+    told: list[bytes | None] = []
+    table.when_local(spilled, told.append)
+    table.end_turn(0.0)
+    table.end_turn(PATIENCE)
+    (error,) = told
+    kind, (text,) = payload.describe_system_error(error)
+    assert kind == "ObjectStoreFullError"
+    assert "somebody looks at some bytes" in text
+    assert state(table, spilled) == SPILLED
+    table.memory.unpin(table.entries[ids[0]].block)
+    table.references.drop(ids[0])
+    assert not table.when_local(spilled, told.append)
+    out.reading[0][2](None)
+    assert told[1:] == [None]
+
+
+def test_what_comes_free_restarts_the_time_of_those_who_wait(table):
+    ids = fill(table)
+    for i in ids:
+        table.memory.pin(table.entries[i].block)
+    told = ask_for(table, 2048)
+    table.end_turn(0.0)
+    table.memory.unpin(table.entries[ids[0]].block)
+    table.references.drop(ids[0])
+    table.end_turn(PATIENCE - 1)
+    table.end_turn(PATIENCE)
+    assert not told
+    table.end_turn(2 * PATIENCE - 1)
+    assert told == [None]
+
+
+def test_a_prefetch_takes_free_memory_only(table, out):
+    (spilled, *_) = fill(table)
+    spill_all(table, out)
+    for number in range(10, 14):
+        put(table, number)
+    told: list[bytes | None] = []
+    assert not table.when_local(spilled, told.append, PREFETCH)
+    table.end_turn(0.0)
+    assert len(told) == 1
+    assert told[0] is not None
+    assert not out.writing
+
+
+def test_what_neighbours_only_map_is_called_back_when_there_is_nothing_to_spill(table, out):
+    ids = fill(table)
+    for i in ids:
+        table.transfers.on_map(i, NEIGHBOUR)
+    out.take()
+    told = ask_for(table, 1024)
+    table.end_turn(0.0)
+    assert out.take() == [(NEIGHBOUR, m.RecallMapping(i)) for i in ids]
+    table.end_turn(0.1)
+    assert not out.take(), "once is enough"
+    table.transfers.on_unmap(ids[0], NEIGHBOUR)
+    table.end_turn(0.2)
+    finish_write(out)
+    assert len(told) == 1
+
+
+def test_a_mapping_that_is_called_back_ends_with_the_last_look(table, out):
+    x = name(NEIGHBOUR, 1)
+    learn_of(table, x, [NEIGHBOUR])
+    table.when_local(x, lambda _: None)
+    table.transfers.pulls.on_mapped(m.ObjectMapped(x, 512, 1024), NEIGHBOUR)
+    block = table.entries[x].block
+    assert block is not None
+    table.memory.pin(block)
+    out.take()
+    table.on_recall(x, NEIGHBOUR)
+    assert not out.take()
+    table.memory.unpin(block)
+    assert out.take() == [(NEIGHBOUR, m.UnmapObject(x))]
+    assert state(table, x) == AWAY
+    assert not table.when_local(x, lambda _: None)
+    assert out.take() == [(NEIGHBOUR, m.MapObject(x))]
+
+
+def test_small_objects_share_a_file_and_large_demands_several_writers():
+    out = Out()
+    size = 64 * MEGABYTE
+    table = ObjectTable(ME, Allocator(0, size), out, patience=PATIENCE)
+    for number in range(64):
+        put(table, number, MEGABYTE)
+    ask_for(table, MEGABYTE)
+    table.end_turn(0.0)
+    assert [len(blocks) for blocks, _ in out.writing] == [LEAST_BATCH // MEGABYTE] * 2, "a tenth of the store"
+    ask_for(table, 40 * MEGABYTE)
+    table.end_turn(0.0)
+    assert len(out.writing) == 4
+    assert table.spiller.under_way >= size // 4
+    table.check()
