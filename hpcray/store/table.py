@@ -344,7 +344,7 @@ class ObjectTable:
         """Creators wait for so many bytes: spill, and have other ranks of this host let go of what they only map."""
         self.spiller.relieve(needed, now)
         if self.spiller.under_way < needed:
-            self.transfers.recall(needed - self.spiller.under_way)
+            self.transfers.recall()
         return self.spiller.busy_since
 
     def on_recall(self, identifier: bytes, owner: int) -> None:

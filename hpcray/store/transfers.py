@@ -170,16 +170,14 @@ class Transfers:
         self._recalled.discard((mapper, identifier))
         self._memory.unpin(self._mapped_out.pop((mapper, identifier)))
 
-    def recall(self, needed: int) -> None:
-        """Ask ranks that map our blocks to let go of those that they do not look at, the longest mapped first."""
-        coming = sum(self._mapped_out[key].size for key in self._recalled)
-        for key, block in self._mapped_out.items():
-            if coming >= needed:
-                return
-            if key not in self._recalled:
-                self._recalled.add(key)
-                coming += block.size
-                self._out.send(key[0], m.RecallMapping(key[1]))
+    def recall(self) -> None:
+        """Ask ranks that map our blocks to let go of those that they do not look at.
+
+        Of all: which of them are looked at we do not know, and that may be for what waits for room here.
+        """
+        for key in sorted(self._mapped_out.keys() - self._recalled):
+            self._recalled.add(key)
+            self._out.send(key[0], m.RecallMapping(key[1]))
 
     def mapped_out(self) -> Iterator[tuple[int, Block]]:
         """Blocks of this arena that other ranks of the host map, each with the rank."""

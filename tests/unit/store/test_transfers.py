@@ -375,6 +375,17 @@ def test_a_named_rank_that_refuses_sends_the_receiver_back(table, out):
     assert told == [None]
 
 
+def test_under_pressure_all_that_neighbours_map_is_asked_back(table, out):
+    # Some of it may be looked at for just what waits for room here: that does not come before the rest has.
+    for n in range(3):
+        put(table, name(ME, n))
+        table.transfers.on_map(name(ME, n), NEIGHBOUR)
+    out.take()
+    table.transfers.recall()
+    table.transfers.recall()
+    assert out.take() == [(NEIGHBOUR, m.RecallMapping(name(ME, n))) for n in range(3)]
+
+
 # -------------------------------------------------------------------------------------------------------------------- deaths
 def test_what_a_dead_rank_was_sending_comes_from_elsewhere(table, out):
     x = name(FARTHER, 1)
