@@ -50,11 +50,11 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = len([*Path("/proc/self/fd").iterdir()])
     disk = Disk(tmp_path)
     yield disk
     disk.files.close()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len([*Path("/proc/self/fd").iterdir()]) == descriptors
 
 
 def descriptor(directory: Path) -> int:
