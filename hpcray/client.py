@@ -426,7 +426,7 @@ class Client:
                 asked = missing if not coming else [i for i in missing if i not in self._coming and i not in values]
                 if asked:
                     self._send_locked(m.Get(list(asked), not self.is_driver))
-                elif self._dead:
+                elif self._dead and not self._lanes.unregistered:
                     self._send_locked(None)
             try:
                 arrived = self.wait_until(complete, deadline)

@@ -9,6 +9,7 @@ Rules:
      else is said to the raylet, whatever is unregistered and still of interest is made known (`register`): so no message
      mentions an object that the raylet has not heard of.
   2. A target is busy from a call by the raylets until the answer of the last such call: none goes by a lane meanwhile.
+     So a lane is asked for between two calls, and the next one waits for it: it would take the CPU that the lane needs.
   3. Everything here happens under the client's lock, except for completing futures.
 """
 
@@ -42,9 +43,11 @@ RECEIVE_SIZE = 1 << 16
 class _Target:
     """A template or actor that this driver calls."""
 
-    __slots__ = ("awaited", "is_busy", "lane", "open_after", "streak")
+    __slots__ = ("actor", "awaited", "is_busy", "lane", "open_after", "streak", "template")
 
-    def __init__(self) -> None:
+    def __init__(self, message: m.Submit | m.Call) -> None:
+        self.template = b"" if isinstance(message, m.Call) else message.template
+        self.actor = message.actor if isinstance(message, m.Call) else b""
         self.lane: CallerLane | None = None
         self.streak = 0
         """Calls in a row that were made while none was under way."""
@@ -132,31 +135,32 @@ class CallerLanes:
         key = message.actor if isinstance(message, m.Call) else message.template
         target = self._targets.get(key)
         if target is None:
-            target = self._targets[key] = _Target()
+            target = self._targets[key] = _Target(message)
         lane = target.lane
         if target.is_busy or len(returns) != 1 or message.dependencies or message.nested or (lane and lane.flight):
             target.streak = 0
             self._await(target, returns)
             return False
-        if lane is None:
+        if lane is None or lane.is_wanted or lane.is_over:
             target.streak += 1
-            if target.streak >= target.open_after:
-                self._open(target, message)
             self._await(target, returns)
             return False
-        if lane.sock is None or lane.is_wanted or lane.is_over:
-            self._await(target, returns)
-            return False
+        flight = lane.flight = _Flight(message, returns[0])
+        self.unregistered[flight.id] = flight
+        if lane.sock is not None:
+            self._send(lane, flight)
+        return True
+
+    def _send(self, lane: CallerLane, flight: _Flight) -> None:
+        message = flight.message
         if isinstance(message, m.Call):
             run = m.Run(message.task, b"", message.actor, message.method, message.arguments, [], 1)
         else:
             run = m.Run(message.task, message.template, b"", "", message.arguments, [], 0)
         lane.calls += 1
-        flight = lane.flight = _Flight(message, returns[0])
-        self.unregistered[flight.id] = flight
+        assert lane.sock is not None
         with contextlib.suppress(OSError):  # it is over: its raylet says so, and why
             lane.sock.sendall(stream_frame([run]))
-        return True
 
     def _await(self, target: _Target, returns: Sequence[bytes]) -> None:
         self._awaited.pop(target.awaited, None)
@@ -165,14 +169,11 @@ class CallerLanes:
             target.awaited = returns[-1]
             self._awaited[target.awaited] = target
 
-    def _open(self, target: _Target, message: m.Submit | m.Call) -> None:
+    def _open(self, target: _Target) -> None:
         self._made += 1
-        target.streak = 0
         lane = target.lane = self._lanes[self._made] = CallerLane(self._made, target)
-        if isinstance(message, m.Call):
-            self._out.later(m.OpenLane(lane.number, b"", message.actor))
-        else:
-            self._out.later(m.OpenLane(lane.number, message.template, b""))
+        self._out.later(m.OpenLane(lane.number, target.template, target.actor))
+        self._out.flush()
 
     # ------------------------------------------------------------------------------------------------------- registering
     def register(self, batch: list[Any]) -> None:
@@ -184,7 +185,12 @@ class CallerLanes:
                 news.append(m.PutInline(flight.id, self._out.value_of(flight.id), []))
                 continue
             lane = self._lane_of(flight)
-            flight.message.lane = lane.number
+            if lane.sock is None:
+                # It still waits for the lane: no longer.
+                lane.flight = None
+                self._await(lane.target, [flight.id])
+            else:
+                flight.message.lane = lane.number
             news.append(flight.message)
             if flight.is_dropped:
                 news.append(m.Release([flight.id]))
@@ -214,6 +220,8 @@ class CallerLanes:
         target = self._awaited.pop(identifier, None)
         if target is not None:
             target.is_busy = False
+            if target.lane is None and target.streak >= target.open_after:
+                self._open(target)
 
     def on_kill(self, actor: bytes) -> None:
         """What is called after a kill must not reach the actor before it."""
@@ -226,6 +234,9 @@ class CallerLanes:
         lane.sock = socket.socket(fileno=descriptor)
         self._by_descriptor[descriptor] = lane
         self._out.watch(descriptor)
+        if lane.flight is not None:
+            self._send(lane, lane.flight)
+        self._close_if_free(lane)
 
     def on_wanted(self, number: int) -> None:
         """Somebody else needs the worker."""
@@ -240,12 +251,18 @@ class CallerLanes:
         target = lane.target
         if error is None:
             self._forget(lane)
+            if (flight := lane.flight) is not None:
+                del self.unregistered[flight.id]
+                self._await(target, [flight.id])
+                self._out.later(flight.message)
+                if flight.is_dropped:
+                    self._out.later(m.Release([flight.id]))
+                self._out.flush()
             return
         if lane.sock is not None and not lane.is_over:
             lane.sock.setblocking(False)
             self._receive(lane)  # what it had answered before it died
-        flight = lane.flight
-        if flight is not None:
+        if (flight := lane.flight) is not None:
             self._await(target, [flight.id])
         self._out.later(m.CloseLane(number))
         self._out.flush()

@@ -88,7 +88,11 @@ class Lanes:
         self._lanes[client.number, message.lane] = _Lane(rank, is_leased=not message.actor)
         if message.template:
             out.push_definitions(rank, message.template)
-        out.send(rank, m.StartLane(client.number, message.lane, message.template, message.actor))
+        start = m.StartLane(client.number, message.lane, message.template, message.actor)
+        if rank == out.rank:
+            self.on_start(rank, start)
+        else:
+            out.send(rank, start)
 
     def on_close(self, client: Client, message: m.CloseLane) -> None:
         """The driver has done with the lane."""
