@@ -20,7 +20,7 @@ from hpcray import config as configuration
 from hpcray.actors.actor_class import ActorClass
 from hpcray.actors.handle import ActorHandle
 from hpcray.client import Client, current_client, require_client, set_client
-from hpcray.exceptions import RaySystemError
+from hpcray.exceptions import RayError, RaySystemError
 from hpcray.object_ref import ObjectRef
 from hpcray.observe.logs import LogFolder
 from hpcray.options import check_actor_options, check_task_options
@@ -311,13 +311,21 @@ def get(object_refs: Any, *, timeout: float | None = None) -> Any:
         TypeError: The list holds something else than references.
     """
     if isinstance(object_refs, ObjectRef):
-        return require_client().get([object_refs.binary()], _timeout(timeout))[0]
+        return _get([object_refs], timeout)[0]
     if not isinstance(object_refs, list):
         raise ValueError(f"get() takes an ObjectRef or a list of ObjectRefs, not {type(object_refs)}: {object_refs!r}")
     for ref in object_refs:
         if not isinstance(ref, ObjectRef):
             raise TypeError(f"get() was called on a list that holds {ref!r}, which is not an ObjectRef")
-    return require_client().get([ref.binary() for ref in object_refs], _timeout(timeout))
+    return _get(object_refs, timeout)
+
+
+def _get(refs: list[ObjectRef[Any]], timeout: float | None) -> list[Any]:
+    try:
+        return require_client().get([ref.binary() for ref in refs], _timeout(timeout))
+    except RayError as error:
+        # Where in hpcray it was raised is of no interest: its text tells where in the task.
+        raise error.with_traceback(None) from None
 
 
 def _timeout(timeout: float | None) -> float | None:

@@ -55,7 +55,9 @@ def connect(address: str) -> socket.socket:
                 "address to start one here"
             )
         if len(jobs) > 1:
-            raise ConnectionError(f"several jobs of yours run on this host; choose one by its address: {', '.join(jobs)}")
+            raise ConnectionError(
+                f"several jobs of yours run on this host; choose one by its address: {', '.join(jobs)}"
+            )
         address = jobs[0]
     elif not address.startswith("hpcray-"):
         raise ValueError(f"address must be None, 'auto', 'local' or the address that a job prints, not {address!r}")

@@ -464,7 +464,9 @@ def _install_signal_handlers(rank: Rank) -> None:
             rank.loop.call_soon_threadsafe(lambda: rank.server.interrupt(signum))
 
     for signum in (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL):
-        signal.signal(signum, handle)
+        # What was ignored at the start (nohup, `&` in a script) stays so, as under plain Python.
+        if signum != signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handle)
 
 
 def _die_with_launcher(launch: Launch) -> None:

@@ -124,7 +124,8 @@ def silence_interrupts() -> None:
 
 
 def _start_local(wish: Wish) -> Connection:
-    if wish.object_store_memory is not None:  # said here, where it was asked for, as well as by the job that would not start
+    if wish.object_store_memory is not None:
+        # Said here, where it was asked for, as well as by the job that would not start.
         share_memory([detect_memory(os.environ).usable], [wish.object_store_memory], 0.0)
     ours, theirs = socket.socketpair()
     options = wish.as_options()
