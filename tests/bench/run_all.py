@@ -20,6 +20,7 @@ COMMANDS: dict[str, list[str]] = {
     "tasks-1": [*JOB, "bench_tasks.py"],
     "tasks-2": [*JOB, "-n", "2", "bench_tasks.py"],
     "put": [*JOB, "bench_put.py"],
+    "spill": ["bench_spill.py"],
     "store": [*JOB, "bench_store.py"],
     "references": [*JOB, "bench_references.py"],
     "boot": ["bench_boot.py"],
