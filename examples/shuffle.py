@@ -1,7 +1,7 @@
 """Sort more numbers than fit into the object store: an external shuffle over tasks. What does not fit waits on disk.
 
-    hpcray run --object-store-memory 64MB shuffle.py                        # four times as much data as memory for it
-    hpcray run -n 4 --object-store-memory 1GB --spill-dir /scratch shuffle.py --megabytes 16000
+hpcray run --object-store-memory 64MB shuffle.py                        # four times as much data as memory for it
+hpcray run -n 4 --object-store-memory 1GB --spill-dir /scratch shuffle.py --megabytes 16000
 """
 
 import argparse

@@ -21,7 +21,7 @@ from hpcray.ids import object_id
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work
 from hpcray.raylet.pool import Pool
-from hpcray.store.entry import HERE, INLINE
+from hpcray.store.entry import HERE, INLINE, SPILLED
 from hpcray.store.references import References
 from hpcray.store.table import ObjectTable
 
@@ -298,15 +298,19 @@ def dependency_error(table: ObjectTable, dependencies: Iterable[bytes]) -> bytes
 
 
 def describe_dependencies(table: ObjectTable, dependencies: Iterable[bytes]) -> list[m.Dependency]:
-    """Existing arguments as they travel with a task: the small ones themselves, of the others where they are."""
+    """Existing arguments as they travel with a task: the small ones themselves, of the others where they are.
+
+    One that has become an error since the task was queued, for instance as its disk failed, goes by name: whoever runs the
+    task asks for it, finds the error, and does not take it for a value.
+    """
     described: list[m.Dependency] = []
     for identifier in dependencies:
         entry = table.entries[identifier]
-        if entry.state == INLINE:
+        if entry.state == INLINE and not payload.is_error(entry.data):
             described.append(m.InlineDependency(entry.data))
         else:
             ranks = set(entry.copies or ())
-            if entry.state == HERE:
+            if entry.state in (HERE, SPILLED):
                 ranks.add(table.rank)
             elif entry.block is not None:
                 ranks.add(entry.block.rank)

@@ -72,14 +72,18 @@ class Spiller:
     def relieve(self, needed: int, now: float) -> None:
         """So many bytes are waited for: start to write what can go, unless enough is being written already."""
         self._now = now
-        if self.retry_at is not None and now < self.retry_at:
+        if self._pauses():
             return
+        self.retry_at = None
         goal = max(needed, min(self._memory.size // 10, BATCHES * FILE_BYTES))
         most = min(FILE_BYTES, max(goal // BATCHES, LEAST_BATCH))
         while self.under_way < goal and len(self._batches) < BATCHES and (batch := self._next_batch(most)):
             self._write(batch)
-            if self.retry_at is not None:
-                return
+            if self._pauses():
+                return  # it failed at once
+
+    def _pauses(self) -> bool:
+        return self.retry_at is not None and self._now < self.retry_at
 
     @property
     def busy_since(self) -> float:

@@ -1,4 +1,4 @@
-"""Bulk data between real ranks: relays, priorities, ends before the end: `mpirun -n {2,4} python -m pytest --with-mpi tests/mpi`."""
+"""Bulk data between real ranks: relays, priorities, ends before the end (`mpirun -n N python -m pytest --with-mpi tests/mpi`)."""
 
 from __future__ import annotations
 

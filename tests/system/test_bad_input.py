@@ -27,7 +27,10 @@ def refusal(finished, code=2):
         (["run", "--num-cpus", "-1", "script.py"], "'-1' is not a number >= 0"),
         (["run", "--resources", '{"licence": -1}', "script.py"], "must not be negative"),
         (["run", "--object-store-memory", "lots", "script.py"], "'lots' is not a size"),
-        (["run", "--object-store-memory", "900TB", "script.py"], "900,000,000,000,000 bytes in 1 ranks are more than the"),
+        (
+            ["run", "--object-store-memory", "900TB", "script.py"],
+            "900,000,000,000,000 bytes in 1 ranks are more than the",
+        ),
         (["run", "--no-such-option", "script.py"], "No such option"),
         (["script.py"], "did you mean: hpcray run script.py"),
     ],

@@ -237,6 +237,19 @@ def test_what_could_not_be_written_stays_and_is_tried_again_after_a_pause(table,
     assert not table.spiller.error
 
 
+def test_where_nothing_is_left_to_write_no_retry_is_waited_for(table, out):
+    ids = fill(table)
+    told = ask_for(table, SIZE)
+    table.end_turn(0.0)
+    finish_write(out, "No space left on device", count=0)
+    for i in ids:
+        table.memory.pin(table.entries[i].block)
+    table.end_turn(RETRY_PAUSE)
+    assert not out.writing
+    assert not told
+    assert table.next_expiry == PATIENCE, "a time that has passed would keep the event loop turning"
+
+
 def test_who_waits_in_vain_is_told_what_the_disk_said_and_the_objects_are_there(table, out):
     ids = fill(table)
     told = ask_for(table, 1024)
