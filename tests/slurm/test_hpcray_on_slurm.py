@@ -131,7 +131,7 @@ def test_a_plain_script_finds_its_job_under_srun(
     )
     python, pmi = library
     done = slurm_cluster.srun([python, "plain.py"], mpi=pmi, env=PYTHONPATH, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (3, "3\n"), done
+    assert (done.returncode, done.stdout) == (3, "3\n"), f"{done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("mpi", ["none", "other"])
