@@ -127,18 +127,11 @@ def init(
     log_printer = _LogPrinter()
     client.on_log = log_printer.show
     try:
-        client.send(
-            m.RegisterDriver(
-                hpcray.__version__,
-                platform.python_version(),
-                os.getpid(),
-                namespace or connection.namespace or str(uuid.uuid4()),
-                str(Path.cwd()),
-                [str(Path(path).absolute()) for path in sys.path],
-                log_to_driver and connection.log_to_driver,
-            )
+        client.register(
+            namespace or connection.namespace or str(uuid.uuid4()),
+            [str(Path(path).absolute()) for path in sys.path],
+            log_to_driver=log_to_driver and connection.log_to_driver,
         )
-        client.wait_until(lambda: bool(client.prefix), None)
     except BaseException:
         client.close()
         connection.end()

@@ -15,23 +15,27 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import platform
 import select
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+import hpcray
 from hpcray import ids, payload
 from hpcray.exceptions import GetTimeoutError, RaySystemError
-from hpcray.lanes import IDLE_SECONDS, CallerLanes, ServedLane
+from hpcray.lanes import CallerLanes
 from hpcray.object_ref import ObjectRef, adopt_for, counted
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import LENGTH_SIZE, decode_from_raylet, split_stream, stream_frame
 from hpcray.store.arena import Arena
+from hpcray.worker.lanes import ServedLanes
 from hpcray.worker.serialization import Serialized, deserialize, load_error
 
 if TYPE_CHECKING:
@@ -116,14 +120,12 @@ class Client:
         """Of the thread that reads for all."""
         self._poller.register(sock.fileno(), select.POLLIN)
         self._watcher = select.epoll()
-        """Of the reader thread."""
+        """Of the reader thread: unlike a poll object it may be changed while a thread waits for it."""
         self._watcher.register(sock.fileno(), select.EPOLLIN)
         self._lanes = CallerLanes(_LanesOut(self))
-        self._served: dict[int, ServedLane] = {}
-        """In workers: lanes, by descriptor."""
-        self._on_lane: dict[bytes, ServedLane] = {}
-        """In workers: calls that came on lanes and were not answered yet."""
-        self._has_lanes = self._has_new_lane = False
+        self.served = ServedLanes(self)
+        """In workers: lanes of drivers."""
+        self._has_lanes = False
         self._pings: dict[int, Callable[[], None]] = {}
         self._arrived: list[bytes] = []
         """Returns that came on lanes, and whose futures were not completed yet."""
@@ -161,6 +163,16 @@ class Client:
             m.LaneOpened: self._on_lane_opened, m.LaneClosed: self._on_lane_closed, m.LaneWanted: self._on_lane_wanted,
             m.ServeLane: self._on_serve_lane,
         }  # fmt: skip
+
+    def register(self, namespace: str, sys_path: list[str], *, log_to_driver: bool) -> None:
+        """In drivers: say who this is. Blocks until the raylet has welcomed it.
+
+        Raises:
+            RuntimeError: The job runs another version of hpcray or Python.
+        """
+        python, cwd = platform.python_version(), str(Path.cwd())
+        self.send(m.RegisterDriver(hpcray.__version__, python, os.getpid(), namespace, cwd, sys_path, log_to_driver))
+        self.wait_until(lambda: bool(self.prefix), None)
 
     # -------------------------------------------------------------------------------------------------------- sending
     def send(self, message: Any) -> None:
@@ -675,7 +687,7 @@ class Client:
                 with self._lock:
                     self._lanes.read(descriptor)
             else:
-                self._read_served(descriptor)
+                self.served.read(descriptor)
         self._complete_arrived()
         if raylet:
             self._receive()
@@ -708,9 +720,12 @@ class Client:
                     continue
                 if self._read_lock.acquire(blocking=False):
                     self._read_as_leader(lambda: False, 0)
+        except RaySystemError:
+            self._fail_futures()
         except Exception:
             if not self.is_closed:
                 self._fail_futures()
+                raise  # a bug: better said than waited for
 
     def _fail_futures(self) -> None:
         with self._lock:
@@ -824,22 +839,7 @@ class Client:
                 self._complete_futures(identifier)
 
     def _on_serve_lane(self, message: m.ServeLane) -> None:
-        descriptor = self._descriptors.popleft()
-        self._served[descriptor] = ServedLane(message, descriptor)
-        self._has_new_lane = True
-        self.watch(descriptor)
-
-    def _read_served(self, descriptor: int) -> None:
-        lane = self._served[descriptor]
-        runs = lane.read()
-        if runs is None:
-            self.unwatch(descriptor)
-            del self._served[descriptor]
-            lane.sock.close()
-            return
-        for run in runs:
-            self._on_lane[run.task] = lane
-            self.inbox.append(run)
+        self.served.add(message, self._descriptors.popleft())
 
     def watch(self, descriptor: int) -> None:
         """Read a lane from now on."""
@@ -852,40 +852,9 @@ class Client:
         self._poller.unregister(descriptor)
         self._watcher.unregister(descriptor)
 
-    def wait_for_work(self) -> None:
-        """In workers: block until there is something to run, or to exit for."""
-        inbox = self.inbox
-        while not (inbox or self.exit_asked):
-            self._has_new_lane = False
-            is_idle = not all(lane.is_offered for lane in self._served.values())
-            deadline = monotonic() + IDLE_SECONDS if is_idle else None
-            if not self.wait_until(lambda: bool(inbox) or self.exit_asked or self._has_new_lane, deadline):
-                for lane in self._served.values():
-                    lane.offer(self)
-
-    def look_at_lanes(self) -> None:
-        """In workers: put calls that came on lanes ahead of what else there is to run."""
-        inbox = self.inbox
-        if not self._served or (inbox and self.is_from_lane(inbox[0])):
-            return
-        others = list(inbox)
-        inbox.clear()
-        for descriptor, _ in self._poller.poll(0):
-            if descriptor in self._served:
-                self._read_served(descriptor)
-        inbox.extend(others)
-
-    def is_from_lane(self, work: m.Run) -> bool:
-        """In workers: whether a driver sent this itself."""
-        return work.task in self._on_lane
-
-    def finish(self, done: m.TaskDone) -> None:
-        """In workers: answer whoever asked for this."""
-        lane = self._on_lane.pop(done.task, None)
-        if lane is None:
-            self.send(done)
-        else:
-            lane.finish(self, done)
+    def readable(self) -> list[int]:
+        """Descriptors, the raylet's among them, that can be read at once."""
+        return [descriptor for descriptor, _ in self._poller.poll(0)]
 
     def _on_exit(self, message: m.Exit) -> None:
         self.exit_asked = True
@@ -908,6 +877,10 @@ class Client:
         self._sock.close()
         for arena in self._arenas.values():
             arena.close()
+
+
+def _means_no_room(value: bytes) -> bool:
+    return value[0] == payload.SYSTEM_ERROR and payload.describe_system_error(value)[0] == "ObjectStoreFullError"
 
 
 class _LanesOut:
@@ -945,10 +918,6 @@ class _LanesOut:
 
 
 _current: Client | None = None
-
-
-def _means_no_room(value: bytes) -> bool:
-    return value[0] == payload.SYSTEM_ERROR and payload.describe_system_error(value)[0] == "ObjectStoreFullError"
 
 
 def set_client(client: Client | None) -> None:

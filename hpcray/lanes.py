@@ -1,4 +1,6 @@
-"""Lanes: a caller's and a worker's end of the socket on which they speak past the raylets (see `raylet/lanes.py`).
+"""A driver's ends of lanes: sockets on which it sends calls to workers itself, past the raylets.
+
+What the raylets do for it is in `raylet/lanes.py`, the worker's end in `worker/lanes.py`.
 
 A driver that waits for each call of a task or actor before it makes the next asks its raylet for a lane to a worker of its
 host. From then on such calls cost two wake-ups. Calls with references among their arguments, large results, and calls made
@@ -18,14 +20,11 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Sequence
-from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from hpcray.ids import index_of, task_of
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import decode_from_raylet, split_stream, stream_frame
-
-if TYPE_CHECKING:
-    from hpcray.client import Client
 
 OPEN_AFTER = 8
 """So many calls of a target, each waited for, before a lane is asked for."""
@@ -33,10 +32,8 @@ OPEN_AFTER_MOST = 1 << 12
 """To what that grows, fourfold each time that a lane is refused or ends before it was of use."""
 OF_USE = 64
 """Calls that pay for the making of a lane."""
-IDLE_SECONDS = 0.02
-"""After so long without a call a worker that is leased for a lane offers itself to others."""
-LEASE_SECONDS = 1.0
-"""Likewise after so long with calls."""
+MOST_LANES = 64
+"""Lanes of a driver at a time: each is a descriptor, of which a process may have a thousand."""
 RECEIVE_SIZE = 1 << 16
 
 
@@ -201,7 +198,10 @@ class CallerLanes:
         return next(lane for lane in self._lanes.values() if lane.flight is flight)
 
     def on_dropped(self, identifier: bytes) -> bool:
-        """The last reference to a return died. True: the raylet need not be told."""
+        """The last reference to an object died. True: the raylet need not be told."""
+        if index_of(identifier) == 0:
+            self._targets.pop(task_of(identifier), None)  # an actor's last handle here
+            return False
         target = self._awaited.pop(identifier, None)
         if target is not None:
             target.awaited = b""  # busy still: nobody will tell when that call is over
@@ -220,7 +220,7 @@ class CallerLanes:
         target = self._awaited.pop(identifier, None)
         if target is not None:
             target.is_busy = False
-            if target.lane is None and target.streak >= target.open_after:
+            if target.lane is None and target.streak >= target.open_after and len(self._lanes) < MOST_LANES:
                 self._open(target)
 
     def on_kill(self, actor: bytes) -> None:
@@ -259,9 +259,10 @@ class CallerLanes:
                     self._out.later(m.Release([flight.id]))
                 self._out.flush()
             return
-        if lane.sock is not None and not lane.is_over:
+        if lane.sock is not None:
             lane.sock.setblocking(False)
-            self._receive(lane)  # what it had answered before it died
+            while not lane.is_over and self._receive(lane):
+                pass  # what it had answered before it died
         if (flight := lane.flight) is not None:
             self._await(target, [flight.id])
         self._out.later(m.CloseLane(number))
@@ -275,22 +276,24 @@ class CallerLanes:
         if lane is not None:
             self._receive(lane)
 
-    def _receive(self, lane: CallerLane) -> None:
+    def _receive(self, lane: CallerLane) -> bool:
+        """Whether there was something."""
         assert lane.sock is not None
         try:
             data = lane.sock.recv(RECEIVE_SIZE)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if not data:
             lane.is_over = True
             self._out.unwatch(lane.sock.fileno())
-            return
+            return False
         lane.buffer += data
         for frame in split_stream(lane.buffer):
             for reply in decode_from_raylet(frame):
                 self._on_reply(lane, reply)
+        return True
 
     def _on_reply(self, lane: CallerLane, reply: m.LaneReply) -> None:
         flight = lane.flight
@@ -350,54 +353,3 @@ class CallerLanes:
         for lane in self._lanes.values():
             if lane.sock is not None:
                 lane.sock.close()
-
-
-class ServedLane:
-    """A worker's end of a lane."""
-
-    __slots__ = ("_buffer", "_has_offered", "_message", "_since", "sock")
-
-    def __init__(self, message: m.ServeLane, descriptor: int) -> None:
-        self.sock = socket.socket(fileno=descriptor)
-        self._message = message
-        self._buffer = bytearray()
-        self._since = monotonic()
-        self._has_offered = not message.is_leased
-
-    def read(self) -> list[m.Run] | None:
-        """The calls that have come; None if the driver has closed the lane. Blocks until there is something."""
-        try:
-            data = self.sock.recv(RECEIVE_SIZE)
-        except OSError:
-            data = b""
-        if not data:
-            return None
-        self._buffer += data
-        return [run for frame in split_stream(self._buffer) for run in decode_from_raylet(frame)]
-
-    def finish(self, client: Client, done: m.TaskDone) -> None:
-        """Answer a call: here, or by the raylets if the result is large, holds references, or is not to be the last."""
-        result = done.results[0]
-        try:
-            if isinstance(result, m.InlineResult) and not result.nested and not (done.failed and done.retry):
-                self.sock.sendall(stream_frame([m.LaneReply(done.task, result.data)]))
-            else:
-                self.sock.sendall(stream_frame([m.LaneReply(done.task, None)]))
-                self.read()  # the same comes back, or the end, when the raylet may hear of it
-                client.send(done)
-                self.sock.sendall(stream_frame([m.LaneReply(done.task, None)]))
-        except OSError:
-            client.send(done)  # the driver is gone: whatever was kept for it here must be let go
-        if not self._has_offered and monotonic() - self._since > LEASE_SECONDS:
-            self.offer(client)
-
-    def offer(self, client: Client) -> None:
-        """Have the driver asked to close the lane, once."""
-        if not self._has_offered:
-            self._has_offered = True
-            client.send(m.LaneIdle(self._message.home, self._message.client, self._message.lane))
-
-    @property
-    def is_offered(self) -> bool:
-        """Whether nothing is to be done about its idling."""
-        return self._has_offered

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 import uuid
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-import hpcray
 from hpcray.client import Client
 from hpcray.exceptions import RayError
 from hpcray.launcher import attach
 from hpcray.observe.statistics import Amount, ObjectReport, ObjectsWanted, StoreStatistics
-from hpcray.protocol import messages as m
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -59,18 +54,7 @@ def show(address: str, *, limit: int, as_json: bool) -> int:
 def _attach(address: str) -> Client:
     client = Client(attach.connect(address), is_driver=True)
     try:
-        client.send(
-            m.RegisterDriver(
-                hpcray.__version__,
-                platform.python_version(),
-                os.getpid(),
-                str(uuid.uuid4()),
-                str(Path.cwd()),
-                [],
-                log_to_driver=False,
-            )
-        )
-        client.wait_until(lambda: bool(client.prefix), None)
+        client.register(str(uuid.uuid4()), [], log_to_driver=False)
     except BaseException:
         client.close()
         raise

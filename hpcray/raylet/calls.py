@@ -131,17 +131,14 @@ class Calls:
         view = self.views.get(actor)
         return view.rank if view is not None and view.state == "alive" else None
 
-    def on_call_running(self, message: m.Call) -> None:
-        """A call without arguments to wait for that runs already: its driver sent it to the worker itself."""
-        for index in range(1, message.num_returns + 1):
-            self._references.create(object_id(message.task, index))
-        self._references.hold(object_id(message.actor, 0))
-        self.sent[message.task] = PendingCall(message)
-
     def on_call(self, message: m.Call) -> None:
+        """A client's call; one on a lane runs already, and lacks nothing."""
         for index in range(1, message.num_returns + 1):
             self._references.create(object_id(message.task, index)).maker = message.method
         self._references.hold(object_id(message.actor, 0))
+        if message.lane:
+            self.sent[message.task] = PendingCall(message)
+            return
         hold_all(self._references, message.nested)
         hold_all(self._references, message.dependencies)
         view = self.views.get(message.actor)

@@ -539,8 +539,7 @@ class RayletCore:
     def _on_submit(self, client: Client, message: m.Submit) -> None:
         count = self.templates[message.template].num_returns
         if message.lane:
-            self.tasks.on_submit_running(message, self.lanes.rank_of(client, message.lane))
-            self.lanes.on_registered(client, message.lane, message.task, is_call=False)
+            self.tasks.on_submit(message, self.lanes.register(client, message.lane, message.task, is_call=False))
         else:
             self.tasks.on_submit(message)
         self._hold_returns(client, message.task, count)
@@ -567,10 +566,8 @@ class RayletCore:
 
     def _on_call(self, client: Client, message: m.Call) -> None:
         if message.lane:
-            self.calls.on_call_running(message)
-            self.lanes.on_registered(client, message.lane, message.task, is_call=True)
-        else:
-            self.calls.on_call(message)
+            self.lanes.register(client, message.lane, message.task, is_call=True)
+        self.calls.on_call(message)
         self._hold_returns(client, message.task, message.num_returns)
 
     def _on_lane_done(self, client: Client, message: m.LaneDone) -> None:

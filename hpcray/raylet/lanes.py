@@ -108,13 +108,11 @@ class Lanes:
             else:
                 self._tasks.on_crashed(task, 0, lane.error)
 
-    def rank_of(self, client: Client, lane: int) -> int:
-        """Where the lane leads."""
-        return self._lanes[client.number, lane].rank
-
-    def on_registered(self, client: Client, lane_number: int, task: bytes, *, is_call: bool) -> None:
-        """The driver told of a call that is under way on its lane: it is among the tasks or calls now."""
-        self._lanes[client.number, lane_number].tasks[task] = is_call
+    def register(self, client: Client, number: int, task: bytes, *, is_call: bool) -> int:
+        """The driver tells of a call that is under way on its lane. Returns the rank where it runs."""
+        lane = self._lanes[client.number, number]
+        lane.tasks[task] = is_call
+        return lane.rank
 
     def on_finished(self, task: bytes, client: int) -> None:
         """A registered call is over."""

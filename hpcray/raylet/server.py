@@ -268,9 +268,12 @@ class RankServer:
         return self.transport.end_send(rank, tag, why)
 
     def join(self, worker: Client, key: Key, *, is_leased: bool) -> bool:
-        """Make a socket between a worker and a driver of this host; False if the driver's end cannot be handed over."""
+        """Make a socket between a worker and a driver of this host; False if that is not possible now."""
         home, number, lane = key
-        for_driver, for_worker = socket.socketpair()
+        try:
+            for_driver, for_worker = socket.socketpair()
+        except OSError:
+            return False  # no descriptors left: calls go by the raylets
         if home == self.rank:
             self._give_lane(number, lane, for_driver)
         elif self.transport is None or not self.transport.hand_over(home, encode([number, lane]), for_driver.fileno()):

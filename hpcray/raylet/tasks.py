@@ -89,12 +89,16 @@ class Tasks:
         """Per class, how many tasks the GCS believes to be waiting here."""
 
     # ---------------------------------------------------------------------------------------------------------- submit
-    def on_submit(self, message: m.Submit) -> None:
+    def on_submit(self, message: m.Submit, runs_on: int | None = None) -> None:
+        """A client's task; one that its driver sent to a worker itself runs on that rank already, and lacks nothing."""
         template = self._out.template(message.template)
         task = Task(message, template)
         self.tasks[task.id] = task
         for index in range(1, task.num_returns + 1):
             self._references.create(object_id(task.id, index)).maker = task.template
+        if runs_on is not None:
+            task.runs_on = runs_on
+            return
         hold_all(self._references, task.nested)
         if task.dependencies:
             hold_all(self._references, task.dependencies)
@@ -110,15 +114,6 @@ class Tasks:
             if task.missing:
                 return
         self._enqueue(task)
-
-    def on_submit_running(self, message: m.Submit, rank: int) -> None:
-        """A task without arguments to wait for that runs already: its driver sent it to the worker itself."""
-        template = self._out.template(message.template)
-        task = Task(message, template)
-        task.runs_on = rank
-        self.tasks[task.id] = task
-        for index in range(1, task.num_returns + 1):
-            self._references.create(object_id(task.id, index))
 
     def _enqueue(self, task: Task) -> None:
         if (error := dependency_error(self._table, task.dependencies)) is not None:

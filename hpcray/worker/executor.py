@@ -76,7 +76,7 @@ class Executor:
             results = [m.InlineResult(data, []) for _ in range(self._count(work, template))]
         runtime_context.leave()
         _flush_output()
-        self._client.finish(m.TaskDone(work.task, results, failed, retry, perf_counter() - start))
+        self._client.served.finish(m.TaskDone(work.task, results, failed, retry, perf_counter() - start))
         # Only now may references in the results die: their release must not overtake the reply.
         self._returned.clear()
 

@@ -23,8 +23,8 @@ def main(sock: socket.socket) -> None:
     def hand_back() -> None:
         # What was not started must not wait for what is about to block; it may be just what that waits for.
         if inbox:
-            tasks = [work.task for work in inbox if not (work.actor or client.is_from_lane(work))]
-            kept = [work for work in inbox if work.actor or client.is_from_lane(work)]
+            tasks = [work.task for work in inbox if not (work.actor or client.served.asked_for(work))]
+            kept = [work for work in inbox if work.actor or client.served.asked_for(work)]
             inbox.clear()
             inbox.extend(kept)
             if tasks:
@@ -36,8 +36,8 @@ def main(sock: socket.socket) -> None:
         while True:
             if not inbox:
                 client.flush()
-                client.wait_for_work()
-            client.look_at_lanes()  # what came on them was sent earlier than what came by the raylet
+                client.served.wait_for_work()
+            client.served.look()
             if not inbox:
                 break
             executor.run(inbox.popleft())

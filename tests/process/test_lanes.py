@@ -75,6 +75,13 @@ def test_an_idle_lane_gives_its_cpu_back(hpcray, on_lane, wait_until):
     wait_until(lambda: hpcray.available_resources().get("CPU") == 2)
 
 
+def test_an_actor_s_idle_lane_is_given_up_and_comes_again(hpcray, on_lane, wait_until):
+    log = hpcray.remote(_Log).remote()
+    for _ in range(2):
+        on_lane(log.all.remote)
+        wait_until(lambda: not has_lane())
+
+
 def test_a_lane_gives_way_to_tasks_that_need_its_cpu(hpcray, on_lane):
     @hpcray.remote
     def nothing():

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from hpcray.ids import object_id
-from hpcray.lanes import OPEN_AFTER, CallerLanes
+from hpcray.lanes import MOST_LANES, OPEN_AFTER, CallerLanes
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import decode_from_raylet, split_stream, stream_frame
 
-ACTOR, TEMPLATE = b"actor", b"template"
+ACTOR = b"%024d" % 0
 VALUE = b"\2value"
 
 
@@ -62,19 +62,19 @@ class Driver:
             self.lanes.register(batch)
             self.sent += batch
 
-    def call(self, *, num_returns: int = 1, **fields: Any) -> bytes:
+    def call(self, *, num_returns: int = 1, actor: bytes = ACTOR, **fields: Any) -> bytes:
         """Call; the id of the return. By the raylet if not on a lane."""
         self._calls += 1
         task = b"%024d" % self._calls
         values: dict[str, Any] = {"arguments": b"", "dependencies": [], "nested": [], **fields}
-        message = m.Call(task, ACTOR, "method", num_returns=num_returns, **values)
+        message = m.Call(task, actor, "method", num_returns=num_returns, **values)
         returns = [object_id(task, index + 1) for index in range(num_returns)]
         if not self.lanes.take(message, returns):
             self.say(message)
         return object_id(task, 1)
 
-    def call_and_wait(self) -> None:
-        self.lanes.on_answered(self.call())
+    def call_and_wait(self, actor: bytes = ACTOR) -> None:
+        self.lanes.on_answered(self.call(actor=actor))
 
     def open(self) -> None:
         while not any(isinstance(message, m.OpenLane) for message in self.sent):
@@ -220,13 +220,14 @@ def test_a_wanted_lane_is_closed_when_its_call_is_over(opened):
     assert opened.sent == [m.PutInline(returned, VALUE, []), m.CloseLane(1)]
 
 
-def test_what_a_dead_worker_had_answered_counts(opened):
+@pytest.mark.parametrize("value", [VALUE, VALUE * 15_000], ids=["small", "of several reads"])
+def test_what_a_dead_worker_had_answered_counts(opened, value):
     returned = opened.call()
     assert opened.worker is not None
-    opened.worker.sendall(stream_frame([m.LaneReply(returned[:24], VALUE)]))
+    opened.worker.sendall(stream_frame([m.LaneReply(returned[:24], value)]))
     opened.worker.close()
     opened.lanes.on_closed(1, b"error")
-    assert opened.values[returned] == VALUE
+    assert opened.values[returned] == value
     assert opened.sent[-1] == m.CloseLane(1)
 
 
@@ -264,6 +265,21 @@ def test_if_there_is_none_or_something_else_is_said_it_goes_by_the_raylets(drive
         driver.say(m.StopGetting())
     assert (driver.sent[0].task, driver.sent[0].lane) == (returned[:24], 0)
     assert not driver.lanes.on_dropped(returned)
+
+
+def test_a_driver_has_so_many_lanes_and_no_more(driver):
+    for number in range(MOST_LANES + 10):
+        for _ in range(OPEN_AFTER):
+            driver.call_and_wait(b"%024d" % number)
+    assert sum(isinstance(message, m.OpenLane) for message in driver.sent) == MOST_LANES
+
+
+def test_actors_whose_last_handle_is_gone_are_forgotten(driver):
+    for _ in range(OPEN_AFTER - 1):
+        driver.call_and_wait()
+    assert not driver.lanes.on_dropped(object_id(ACTOR, 0)), "the raylet must hear of it"
+    driver.call_and_wait()
+    assert not any(isinstance(message, m.OpenLane) for message in driver.sent)
 
 
 def test_useless_lanes_are_asked_for_ever_more_seldom(driver):
