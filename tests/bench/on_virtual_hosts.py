@@ -35,9 +35,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as base, SlurmCluster(options.hosts, base=Path(base), shared=shared) as cluster:
         environment = {"PYTHONPATH": str(REPOSITORY), "PATH": os.environ["PATH"]}
         try:
-            done = cluster.srun(
-                command, nodes=options.hosts, ntasks=options.hosts, env=environment, timeout=TIMEOUT
-            )
+            done = cluster.srun(command, nodes=options.hosts, ntasks=options.hosts, env=environment, timeout=TIMEOUT)
         except subprocess.TimeoutExpired as error:
             print(f"still ran after {TIMEOUT} s\n{error.stderr}", file=sys.stderr)
             return 1
