@@ -342,7 +342,10 @@ def put(value: Any) -> ObjectRef[Any]:
         serialized = serialize(value)
     except Exception as error:
         raise TypeError(f"could not serialize the put value {value!r:.200}: {explain(value, error)}") from error
-    return client.put(serialized)
+    try:
+        return client.put(serialized)
+    except RayError as error:
+        raise error.with_traceback(None) from None
 
 
 def wait(

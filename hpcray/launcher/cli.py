@@ -79,7 +79,7 @@ _JOB_OPTIONS = [
     click.option("--namespace", metavar="NAME", help="The script's namespace for named actors."),
     click.option(
         "--spill-dir",
-        type=click.Path(file_okay=False),
+        type=click.Path(exists=True, file_okay=False, writable=True),
         metavar="DIR",
         help="Where each node puts objects that do not fit into memory (default: $SLURM_TMPDIR, $TMPDIR or /tmp).",
     ),

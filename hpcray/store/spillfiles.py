@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from zlib import crc32
 
 from hpcray.store.entry import Extent
@@ -31,6 +32,8 @@ from hpcray.store.memory import Block
 STEP = 8 << 20
 """Bytes written or read at a time: between two, a thread sees that the job ends."""
 THREADS = 4
+CLOSE_TIMEOUT = 5.0
+"""Seconds for all threads together."""
 PAGE = 4096
 """Objects begin at multiples of it: holes are made of whole pages."""
 
@@ -140,12 +143,16 @@ class SpillFiles:
             del self._files[number]
 
     def close(self) -> None:
-        """End the threads and close all files. Blocks for what is left of one step of each thread."""
+        """End the threads and close all files. Blocks for what is left of one step of each thread, but not for a disk that
+        does not answer: the end of the process takes such a thread and the files along."""
         self._is_ended = True
         for _ in self._threads:
             self._jobs.put((_END, next(self._serials), None))
+        deadline = monotonic() + CLOSE_TIMEOUT
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, deadline - monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            return
         self._threads.clear()
         for file in self._files.values():
             os.close(file.descriptor)

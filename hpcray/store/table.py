@@ -263,11 +263,14 @@ class ObjectTable:
         del self.entries[entry.id]
         if entry.block is not None:
             self.memory.abandon(entry.block)
-        self._forget_on_disk(entry)
-        for rank in (entry.copies or set()) | (entry.mappers or set()):
-            if rank != self.rank:
-                self._out.send(rank, m.Free([entry.id]))
-        self._tell_fetchers(entry, _freed_already(entry.id))
+        if entry.spilled is not None:
+            self._forget_on_disk(entry)
+        if entry.copies or entry.mappers:
+            for rank in (entry.copies or set()) | (entry.mappers or set()):
+                if rank != self.rank:
+                    self._out.send(rank, m.Free([entry.id]))
+        if entry.fetchers is not None:
+            self._tell_fetchers(entry, _freed_already(entry.id))
         if entry.nested:
             self._drop_all(entry.nested)
         if entry.on_free is not None:
@@ -286,7 +289,8 @@ class ObjectTable:
         self._forget_on_disk(entry)
         if not (entry.holds or entry.guests):
             del self.entries[identifier]
-        self._tell_fetchers(entry, _freed_already(identifier))
+        if entry.fetchers is not None:
+            self._tell_fetchers(entry, _freed_already(identifier))
 
     def on_unused(self, entry: Entry) -> None:
         """Nothing here refers to an object homed elsewhere: forget it, unless its bytes are here or on their way."""

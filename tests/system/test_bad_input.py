@@ -31,6 +31,8 @@ def refusal(finished, code=2):
             ["run", "--object-store-memory", "900TB", "script.py"],
             "900,000,000,000,000 bytes in 1 ranks are more than the",
         ),
+        (["run", "--spill-dir", "nowhere", "script.py"], "'nowhere' does not exist"),
+        (["run", "--spill-dir", "script.py", "script.py"], "'script.py' is a file"),
         (["run", "--no-such-option", "script.py"], "No such option"),
         (["script.py"], "did you mean: hpcray run script.py"),
     ],
