@@ -157,7 +157,7 @@ class Send:
         return not self._in_flight and self.posted == self.end
 
 
-class Lane:
+class Outgoing:
     """All transfers to one peer: the most urgent first, those of one urgency in the order of their coming."""
 
     __slots__ = ("chunks", "sends")
@@ -196,8 +196,8 @@ class Bulk:
         self._comm = comm
         self._receives: dict[tuple[int, int], Receive] = {}
         self._sends: dict[tuple[int, int], Send] = {}
-        self._lanes: dict[int, Lane] = {}
-        self._order: deque[Receive | Lane] = deque()
+        self._outgoing: dict[int, Outgoing] = {}
+        self._order: deque[Receive | Outgoing] = deque()
         """What `progress` looks at, in turn."""
         self._tags_made: dict[int, int] = {}
         self._tags_free: dict[int, deque[int]] = {}
@@ -235,25 +235,25 @@ class Bulk:
 
     def send(self, send: Send) -> None:
         self._sends[send.peer, send.tag] = send
-        lane = self._lanes.get(send.peer)
-        if lane is None:
-            lane = self._lanes[send.peer] = Lane()
-            self._order.append(lane)
-        lane.add(send)
+        outgoing = self._outgoing.get(send.peer)
+        if outgoing is None:
+            outgoing = self._outgoing[send.peer] = Outgoing()
+            self._order.append(outgoing)
+        outgoing.add(send)
         self.last_moved = monotonic()
-        self._advance(lane)
-        if send.is_done and send in lane.sends:
-            self._finish_sends(lane)  # it was empty
+        self._advance(outgoing)
+        if send.is_done and send in outgoing.sends:
+            self._finish_sends(outgoing)  # it was empty
 
     # ---------------------------------------------------------------------------------------------------------- changes
     def hasten(self, peer: int, tag: int, priority: int) -> None:
         """Send this transfer's chunks before those of less urgent ones. Does nothing if it is over."""
         send = self._sends.get((peer, tag))
         if send is not None and priority < send.priority:
-            lane = self._lanes[peer]
-            lane.sends.remove(send)
+            outgoing = self._outgoing[peer]
+            outgoing.sends.remove(send)
             send.priority = priority
-            lane.add(send)
+            outgoing.add(send)
 
     def end_send(self, peer: int, tag: int, error: str) -> int:
         """Send no more of this transfer; how many bytes have been sent. Its `on_done(error)` follows when they have left."""
@@ -262,7 +262,7 @@ class Bulk:
             return 0
         send.error = error
         send.end = send.posted
-        self._finish_sends(self._lanes[peer])
+        self._finish_sends(self._outgoing[peer])
         return send.posted
 
     def end_receive(self, peer: int, tag: int, size: int, error: str) -> None:
@@ -291,38 +291,38 @@ class Bulk:
             self.last_moved = now
         return moved
 
-    def _advance(self, item: Receive | Lane) -> bool:
+    def _advance(self, item: Receive | Outgoing) -> bool:
         try:
             moved = item.advance(self._comm)
         except MPI.Exception as exception:
             self._fail(item, str(exception))
             return True
-        if isinstance(item, Lane):
+        if isinstance(item, Outgoing):
             if moved:
                 self._finish_sends(item)
         elif item.is_done:
             self._end(item)
         return moved
 
-    def _finish_sends(self, lane: Lane) -> None:
-        for send in [send for send in lane.sends if send.is_done]:
-            self._drop(lane, send)
+    def _finish_sends(self, outgoing: Outgoing) -> None:
+        for send in [send for send in outgoing.sends if send.is_done]:
+            self._drop(outgoing, send)
             send.on_done(send.error)
 
-    def _drop(self, lane: Lane, send: Send) -> None:
-        lane.sends.remove(send)
+    def _drop(self, outgoing: Outgoing, send: Send) -> None:
+        outgoing.sends.remove(send)
         if self._sends.get((send.peer, send.tag)) is send:  # else the receiver, done before us, has used the tag again
             del self._sends[send.peer, send.tag]
-        if not lane.sends:
-            del self._lanes[send.peer]
-            self._order.remove(lane)
+        if not outgoing.sends:
+            del self._outgoing[send.peer]
+            self._order.remove(outgoing)
 
     def _end(self, receive: Receive) -> None:
         del self._receives[receive.peer, receive.tag]
         self._order.remove(receive)
         receive.on_done(receive.error)
 
-    def _fail(self, item: Receive | Lane, error: str) -> None:
+    def _fail(self, item: Receive | Outgoing, error: str) -> None:
         if isinstance(item, Receive):
             for request in item.abandon():
                 cancel(request)
@@ -343,11 +343,11 @@ class Bulk:
             del self._receives[receive.peer, receive.tag]
             self._order.remove(receive)
         sends: list[MPI.Request] = []
-        for lane in list(self._lanes.values()):
-            for send in [send for send in lane.sends if send.tag >= first_tag]:
-                sends += [request for request, of in lane.chunks if of is send]
-                lane.chunks = deque(chunk for chunk in lane.chunks if chunk[1] is not send)
-                self._drop(lane, send)
+        for outgoing in list(self._outgoing.values()):
+            for send in [send for send in outgoing.sends if send.tag >= first_tag]:
+                sends += [request for request, of in outgoing.chunks if of is send]
+                outgoing.chunks = deque(chunk for chunk in outgoing.chunks if chunk[1] is not send)
+                self._drop(outgoing, send)
         return receives, sends
 
 
