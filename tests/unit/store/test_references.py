@@ -222,8 +222,8 @@ def test_what_a_task_was_to_get_is_freed_when_it_can_never_start(cluster, driver
     let_go_of_everything(cluster)
 
 
-def test_a_reference_that_an_actor_keeps_lives_until_the_actor_ends(cluster, driver, order):
-    # a.keep.remote([x]); del x; a.read.remote(); del a
+def actor_that_keeps(cluster, driver, order):
+    """An actor on rank 1 that alone keeps a reference homed on rank 2: the actor, its worker, the object."""
     x = put_on(cluster, driver, 2)
     actor = driver.create_actor(
         cluster.template(driver, "A", node=1, resources={}, num_returns=0, actor=m.ActorOptions())
@@ -236,6 +236,12 @@ def test_a_reference_that_an_actor_keeps_lives_until_the_actor_ends(cluster, dri
     cluster.run(order)
     host.finish(keep=True)
     cluster.run(order)
+    return actor, host, x
+
+
+def test_a_reference_that_an_actor_keeps_lives_until_the_actor_ends(cluster, driver, order):
+    # a.keep.remote([x]); del x; a.read.remote(); del a
+    actor, host, x = actor_that_keeps(cluster, driver, order)
     assert exists(cluster, x)
     driver.call(actor)
     cluster.run(order)
@@ -252,18 +258,7 @@ def test_a_reference_that_an_actor_keeps_lives_until_the_actor_ends(cluster, dri
 
 def test_what_an_actor_kept_is_freed_when_its_worker_is_killed(cluster, driver, order):
     # a.keep.remote([x]); del x; kill -9
-    x = put_on(cluster, driver, 2)
-    actor = driver.create_actor(
-        cluster.template(driver, "A", node=1, resources={}, num_returns=0, actor=m.ActorOptions())
-    )
-    cluster.run(order)
-    host = cluster.worker_on(1)
-    host.finish()
-    driver.call(actor, [], [x])
-    driver.release([x])
-    cluster.run(order)
-    host.finish(keep=True)
-    cluster.run(order)
+    _, host, x = actor_that_keeps(cluster, driver, order)
     cluster.kill(host)
     cluster.run(order)
     assert not exists(cluster, x)
