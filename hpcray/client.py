@@ -18,6 +18,7 @@ import os
 import platform
 import select
 import socket
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -372,7 +373,7 @@ class Client:
         else:
             self.write_to_arena(identifier, value)
             self._large.add(identifier)
-            message = m.Seal(identifier, value.nested)
+            message = m.Seal(identifier, value.nested, *_call_site())
         with self._lock:
             self._counts[identifier] = 1
             self._send_locked(message)
@@ -877,6 +878,14 @@ class Client:
         self._sock.close()
         for arena in self._arenas.values():
             arena.close()
+
+
+def _call_site() -> tuple[str, int]:
+    """File and line of the user's code that called into hpcray."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("hpcray."):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 def _means_no_room(value: bytes) -> bool:

@@ -252,6 +252,8 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
     )
     if world and doorbell is not None:
         _connect_ranks(world, server, loop, doorbell, arena, everybody)
+    if rank == 0:
+        server.listen(attach.socket_name(server.address))
     return Rank(server, loop, forks, world, doorbell)
 
 
@@ -409,7 +411,6 @@ def serve_job(options: JobOptions) -> NoReturn:
         _install_signal_handlers(rank)
         if server.rank == 0:
             _say_hello(server)
-            server.listen(attach.socket_name(server.address))
             if options.script is not None:
                 settings = {"namespace": options.namespace, "log_to_driver": options.log_to_driver}
                 server.spawn_driver(options.script, settings)

@@ -208,10 +208,12 @@ class Reserve(Message, tag=12):
 
 
 class Seal(Message, tag=13):
-    """The reserved object is written; held by the sender from now on."""
+    """The reserved object is written; held by the sender from now on. `file` and `line`: where the user put it."""
 
     id: bytes
     nested: list[bytes]
+    file: str = ""
+    line: int = 0
 
 
 class AddReferences(Message, tag=14):

@@ -440,7 +440,9 @@ class RayletCore:
     def _on_seal(self, client: Client, message: m.Seal) -> None:
         block = client.reserved.pop(message.id)
         self._hold_nested(message.nested)
-        self.references.create(message.id)
+        entry = self.references.create(message.id)
+        if message.file:
+            entry.maker = (message.file, message.line)
         client.held.add(message.id)
         self.table.set_here(message.id, block, message.nested)
 

@@ -210,6 +210,8 @@ class Surveys:
         client = names.get(number, "a worker that has ended")
         if isinstance(entry.maker, bytes):
             return f"{self._out.template(entry.maker).name}() for {client}"
+        if isinstance(entry.maker, tuple):
+            return f"put by {client} at {':'.join(map(str, entry.maker))}"
         if entry.maker is not None:
             return f"actor method {entry.maker}() for {client}"
         return f"{'put' if index_of(entry.id) == 0 else 'call'} by {client}"

@@ -80,8 +80,9 @@ class Entry:
         self.fetchers: list[Fetcher] | None = None
         self.is_asked = False
         self.on_free: Callable[[], None] | None = None
-        self.maker: bytes | str | None = None
-        """At home, for people: the template of the task that makes it, or the name of the actor's method."""
+        self.maker: bytes | str | tuple[str, int] | None = None
+        """At home, for people: the template of the task that makes it, the name of the actor's method, or the file and line
+        of the `put`."""
         # Memory:
         self.block: Block | None = None
         self.is_primary = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 BY_CALL, BY_FAULT = range(2)
-RETRY_STEPS = 64
+RETRY_STEPS = 1024
 """Steps after which the slower way is tried again."""
 IOV_MAX = 1024
 """The kernel's limit of buffers in one call."""

@@ -29,12 +29,15 @@ reader = Reader.remote()
 print("ready", large.hex(), made.hex(), small.hex(), os.getpid(), hpcray.get(reader.look.remote([large])), flush=True)
 sys.stdin.read()
 """
+PUT_LINE = 1 + next(n for n, line in enumerate(SCRIPT.splitlines()) if "hpcray.put" in line)
 SOON = 20.0
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_objects_are_shown_with_place_pins_references_and_origin(mpi, starter, ranks):
-    argv = [mpi.python, "-m", "hpcray", "run", *(["-n", str(ranks)] if ranks > 1 else []), starter.write(SCRIPT)]
+@pytest.mark.parametrize("run", [[], ["-m", "hpcray", "run"], ["-m", "hpcray", "run", "-n", "3"]])
+def test_objects_are_shown_with_place_pins_references_and_origin(mpi, starter, run):
+    ranks = 3 if "-n" in run else 1
+    script = starter.write(SCRIPT)
+    argv = [mpi.python, *run, script]
     # Its stdin stays open until the test closes it.
     job = starter.start(["sh", "-c", 'sleep 60 | exec "$@"', "sh", *argv], python=mpi.python)
     _, large, made, small, driver, reader = job.wait_for("ready").split()
@@ -44,7 +47,7 @@ def test_objects_are_shown_with_place_pins_references_and_origin(mpi, starter, r
     objects = {found["id"]: found for found in data["objects"]}
     assert [found["size"] for found in data["objects"]] == sorted((f["size"] for f in data["objects"]), reverse=True)
     assert objects[large]["size"] >= 8_000_000
-    assert objects[large]["made_by"] == f"put by driver {driver}"
+    assert objects[large]["made_by"] == f"put by driver {driver} at {starter.folder / script}:{PUT_LINE}"
     assert objects[made]["made_by"] == f"make() for driver {driver}"
     assert [rank["state"] for rank in objects[small]["ranks"]] == ["inline"]
     pinned_by = {name for rank in objects[large]["ranks"] for name in rank["pinned_by"]}
