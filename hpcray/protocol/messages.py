@@ -81,6 +81,14 @@ class ActorOptions(msgspec.Struct, array_like=True):
     """Of a named actor."""
 
 
+class LabelRule(msgspec.Struct, array_like=True, frozen=True):
+    """What a node's label must be: `operator` is "in", "not in", "exists" or "does not exist"."""
+
+    key: str
+    operator: str
+    values: tuple[str, ...] = ()
+
+
 class Template(msgspec.Struct, array_like=True):
     """What all calls of one remote function with the same options share; sent once per process, named by its hash.
 
@@ -101,6 +109,14 @@ class Template(msgspec.Struct, array_like=True):
     node: int | None = None
     node_is_soft: bool = False
     actor: ActorOptions | None = None
+    labels: tuple[LabelRule, ...] = ()
+    """What the labels of its node must be."""
+    liked_labels: tuple[LabelRule, ...] = ()
+    """What they should be, where there is a choice."""
+    group: bytes = b""
+    """The placement group that it runs in."""
+    bundle: int = -1
+    """Which bundle of the group; -1: any."""
 
 
 # -------------------------------------------------------------------------------------------------------- client → raylet
@@ -310,6 +326,14 @@ class LaneIdle(Message, tag=27):
     home: int
     client: int
     lane: int
+
+
+class AwaitPlacementGroup(Message, tag=28):
+    """The sender's new object `id` comes to exist, with this payload, when the group does; with an error if it never will."""
+
+    id: bytes
+    group: bytes
+    data: bytes
 
 
 # -------------------------------------------------------------------------------------------------------- raylet → client
@@ -682,9 +706,11 @@ class Demand(Message, tag=100):
 
 
 class Load(Message, tag=101):
-    """What the sender has free, and per template: room for more tasks and how many granted tasks arrived in all."""
+    """What the sender has free (`units`: of each GPU), and per template: room for more tasks and how many granted tasks
+    arrived in all."""
 
     available: dict[str, int]
+    units: dict[str, dict[int, int]]
     room: dict[bytes, int]
     arrived: dict[bytes, int]
 
@@ -756,6 +782,39 @@ class Ask(Message, tag=109):
     arguments: bytes
 
 
+class CreatePlacementGroup(Message, tag=111):
+    """Client → its raylet → GCS: reserve all bundles or none. State changes reach those who `WatchPlacementGroup`."""
+
+    group: bytes
+    job: bytes
+    name: str
+    namespace: str
+    strategy: str
+    bundles: list[dict[str, int]]
+    is_detached: bool
+    labels: list[list[LabelRule]]
+    """Per bundle; empty: none has any."""
+
+
+class RemovePlacementGroup(Message, tag=112):
+    """Client → its raylet → GCS: give the bundles back; what runs in them ends."""
+
+    group: bytes
+
+
+class WatchPlacementGroup(Message, tag=113):
+    """Tell the sender of this group's changes, starting with its present state."""
+
+    group: bytes
+
+
+class BundlesReserved(Message, tag=114):
+    """Answer to `ReserveBundles`: all of them, or none for want of room."""
+
+    group: bytes
+    ok: bool
+
+
 class EndJob(Message, tag=110):
     """Rank 0's raylet: a driver is gone; drop its actors and demands."""
 
@@ -811,6 +870,26 @@ class JobEnded(Message, tag=135):
     job: bytes
 
 
+class PlacementGroupChanged(Message, tag=137):
+    """To watchers: `state` is 'pending', 'created', 'rescheduling' or 'removed' (also: never known)."""
+
+    group: bytes
+    state: str
+
+
+class ReserveBundles(Message, tag=138):
+    """To a raylet: set these bundles (by their index) aside, all or none. Answered by `BundlesReserved`."""
+
+    group: bytes
+    bundles: dict[int, dict[str, int]]
+
+
+class ReturnBundles(Message, tag=139):
+    """To a raylet: the group's bundles there are bundles no more; what runs in them ends."""
+
+    group: bytes
+
+
 class Shutdown(Message, tag=136):
     """To every rank: the job ends with this exit code."""
 
@@ -829,7 +908,7 @@ class JobConfig(msgspec.Struct):
 ClientMessage: TypeAlias = (
     RegisterDriver | StopJob | Define | DefineTemplate | Submit | CreateActor | Call | Get | StopGetting | Watch | PutInline
     | Reserve | Seal | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady | Unblocked | Kill
-    | Query | OpenLane | CloseLane | LaneDone | LaneIdle
+    | Query | OpenLane | CloseLane | LaneDone | LaneIdle | CreatePlacementGroup | RemovePlacementGroup | AwaitPlacementGroup
 )  # fmt: skip
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed
@@ -841,6 +920,7 @@ PeerMessage: TypeAlias = (
     | RecallMapping | CopyLost
     | Survey | Surveyed | StartActor | LogLines
     | Demand | Load | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor | WatchActor
-    | Ask | EndJob | Grant | PlaceActor | ActorChanged | StopActor | Told | JobEnded | Shutdown | StartLane | EndLane
+    | Ask | EndJob | CreatePlacementGroup | RemovePlacementGroup | WatchPlacementGroup | BundlesReserved
+    | PlacementGroupChanged | ReserveBundles | ReturnBundles | Grant | PlaceActor | ActorChanged | StopActor | Told | JobEnded | Shutdown | StartLane | EndLane
     | LaneLost | WantLane
 )  # fmt: skip
