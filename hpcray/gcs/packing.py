@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from hpcray.resources import choose_units, slots
 
@@ -48,6 +48,7 @@ class Site(NamedTuple):
 
 Sort = tuple[Room, int]
 """What makes sites interchangeable: `room` and `kinds`."""
+S = TypeVar("S")
 Places = dict[int, list[int]]
 """Position of a site → how many bundles of each kind it takes."""
 
@@ -66,21 +67,26 @@ class Packing:
         self._counts = counts
         self._sites = sites
         self._used = sorted(set(used))
+        self._unused = sorted(set(range(len(sites))).difference(self._used))
         self._took: dict[tuple[Room, int, int], tuple[int, Room]] = {}
-        self._demand = [sum(n * need[i] for n, need in zip(counts, needs, strict=True)) for i in range(len(needs[0]))]
+        self._wants = [[(i, amount) for i, amount in enumerate(need) if amount] for need in needs]
+        every = [sum(n * need[i] for n, need in zip(counts, needs, strict=True)) for i in range(len(needs[0]))]
+        self._demand = [(i, amount) for i, amount in enumerate(every) if amount]
         self.was_cut_off = False
         """The search ended before it had tried everything: there may be a placement that was not found."""
 
     # -------------------------------------------------------------------------------------------------------- strategies
     def on_one(self, positions: Iterable[int]) -> Places | None:
         """All on one of these sites, where the least is left over."""
-        best: tuple[float, int] | None = None
+        first: dict[Sort, int] = {}
         for position in positions:
-            site = self._sites[position]
-            taken, room = self._fill((site.room, site.kinds), self._counts)
-            if taken == self._counts and (best is None or self._left(room) < best[0]):
-                best = (self._left(room), position)
-        return None if best is None else {best[1]: list(self._counts)}
+            first.setdefault(self._sort(position), position)
+        fitting = []
+        for sort, position in first.items():
+            taken, room = self._fill(sort, self._counts)
+            if taken == self._counts:
+                fitting.append((self._left(room), position))
+        return {min(fitting)[1]: list(self._counts)} if fitting else None
 
     def packed(self) -> Places | None:
         """On few sites, close together; first on those that are used already."""
@@ -89,18 +95,17 @@ class Packing:
         places: Places = {}
         counts = self._counts
         for position in self._used:
-            taken, _ = self._fill((self._sites[position].room, self._sites[position].kinds), counts)
+            taken, _ = self._fill(self._sort(position), counts)
             if any(taken):
                 places[position] = list(taken)
                 counts = tuple(n - t for n, t in zip(counts, taken, strict=True))
         if not any(counts):
             return places
-        fresh = [position for position in range(len(self._sites)) if position not in set(self._used)]
-        everywhere = self._pack(fresh, counts)
+        everywhere = self._pack(self._unused, counts)
         if everywhere is None:
             return self._search(is_packing=True)
         if len(everywhere) > 1:
-            for domain in self._domains(fresh):
+            for domain in self._domains(self._unused):
                 within = self._pack(domain, counts) if self._has_slots(domain, counts) else None
                 if within is not None and len(within) <= len(everywhere):
                     return places | within
@@ -108,15 +113,14 @@ class Packing:
 
     def apart(self) -> Places | None:
         """Each on a site of its own that is not used already, close together."""
-        fresh = [position for position in range(len(self._sites)) if position not in set(self._used)]
-        if len(fresh) < sum(self._counts):
+        if len(self._unused) < sum(self._counts):
             return None
-        rooms = {position: self._sites[position].room for position in fresh}
+        rooms = {position: self._sites[position].room for position in self._unused}
         matched = self._match(rooms, self._counts)
         if sum(map(sum, matched.values())) < sum(self._counts):
             return None
-        for domain in self._domains(fresh):
-            if len(domain) >= sum(self._counts):
+        for domain in self._domains(self._unused) if len(matched) > 1 else ():
+            if len(domain) >= len(matched):
                 within = self._match({position: rooms[position] for position in domain}, self._counts)
                 if len(within) == sum(self._counts):
                     return within
@@ -124,19 +128,17 @@ class Packing:
 
     def spread(self) -> Places | None:
         """On as many sites as there are bundles, or as possible, and evenly."""
-        if not self._is_thinkable():
-            return None
-        if (places := self.apart()) is not None:
+        if (places := self.apart()) is not None or not self._is_thinkable():
             return places
-        used = set(self._used)
-        rooms = {position: site.room for position, site in enumerate(self._sites) if position not in used}
+        used = self._used
+        rooms = {position: self._sites[position].room for position in self._unused}
         places, counts = {}, self._counts
         while any(counts):
             matched = self._match(rooms, counts)
             if not matched and used:
                 # Only now those that have bundles from before.
                 rooms |= {position: self._sites[position].room for position in used}
-                used = set()
+                used = []
                 continue
             if not matched:
                 return self._search(is_packing=False)
@@ -145,40 +147,49 @@ class Packing:
                 rooms[position] = self._take(room, taken.index(1), 1)[1]
                 places[position] = [h + t for h, t in zip(had, taken, strict=True)]
                 counts = tuple(n - t for n, t in zip(counts, taken, strict=True))
-        if all(self._fits(self._sites[position], taken) for position, taken in places.items()):
+        if all(self._fits(position, taken) for position, taken in places.items()):
             return places
         # Fractions of units that fit in the order of the rounds may not fit largest first.
         return self._search(is_packing=False)
 
     # ------------------------------------------------------------------------------------------------------------- rooms
+    def _sort(self, position: int) -> Sort:
+        _, _, room, kinds = self._sites[position]
+        return room, kinds
+
     def _take(self, room: Room, kind: int, most: int) -> tuple[int, Room]:
         """How many bundles of a kind the room takes, up to `most`, and what it is then."""
-        known = self._took.get((room, kind, most))
-        if known is None:
-            known = self._took[room, kind, most] = self._work_out(room, self._needs[kind], most)
-        return known
+        wants = self._wants[kind]
+        for i, amount in wants:
+            free = room[i]
+            if isinstance(free, tuple):
+                return self._take_units(room, kind, most)
+            if free < most * amount:
+                most = max(free, 0) // amount
+        left = list(room)
+        for i, amount in wants:
+            left[i] -= most * amount  # type: ignore[operator]
+        return most, tuple(left)
 
-    @staticmethod
-    def _work_out(room: Room, need: Need, most: int) -> tuple[int, Room]:
-        amounts = [(free, n) for free, n in zip(room, need, strict=True) if n and not isinstance(free, tuple)]
-        for free, n in amounts:
-            most = min(most, max(free, 0) // n)
-        units = {i: dict(enumerate(free)) for i, free in enumerate(room) if need[i] and isinstance(free, tuple)}
-        taken = 0
-        while taken < most and all(slots({}, {"": need[i]}, {"": free}) for i, free in units.items()):
-            taken += 1
-            if not units:
-                taken = most
-            for i, free in units.items():
-                for number, part in choose_units(free, need[i]).items():
-                    free[number] -= part
-        left: list[int | tuple[int, ...]] = []
-        for i, free in enumerate(room):
-            if i in units:
-                left.append(tuple(sorted(units[i].values())))
-            else:
-                left.append(free if isinstance(free, tuple) else free - taken * need[i])
-        return taken, tuple(left)
+    def _take_units(self, room: Room, kind: int, most: int) -> tuple[int, Room]:
+        key = room, kind, most
+        if key not in self._took:
+            need = {str(i): amount for i, amount in self._wants[kind]}
+            units = {str(i): dict(enumerate(free)) for i, free in enumerate(room) if isinstance(free, tuple)}
+            amounts = {str(i): free for i, free in enumerate(room) if isinstance(free, int)}
+            taken = 0
+            while taken < most and slots(amounts, need, units):
+                taken += 1
+                for name, amount in need.items():
+                    if name not in units:
+                        amounts[name] -= amount
+                        continue
+                    for number, part in choose_units(units[name], amount).items():
+                        units[name][number] -= part
+            names = map(str, range(len(room)))
+            left = [tuple(sorted(units[name].values())) if name in units else amounts[name] for name in names]
+            self._took[key] = taken, tuple(left)
+        return self._took[key]
 
     def _fill(self, sort: Sort, counts: Counts) -> tuple[Counts, Room]:
         room, kinds = sort
@@ -188,21 +199,24 @@ class Packing:
                 taken[kind], room = self._take(room, kind, count)
         return tuple(taken), room
 
-    def _fits(self, site: Site, taken: Sequence[int]) -> bool:
-        return self._fill((site.room, site.kinds), tuple(taken))[0] == tuple(taken)
+    def _fits(self, position: int, taken: Sequence[int]) -> bool:
+        return self._fill(self._sort(position), tuple(taken))[0] == tuple(taken)
 
     def _left(self, room: Room) -> float:
-        free = [sum(x) if isinstance(x, tuple) else x for x in room]
-        return sum(x / demand for x, demand in zip(free, self._demand, strict=True) if demand)
+        """How much is left over, in shares of what the group demands."""
+        left = 0.0
+        for i, demand in self._demand:
+            free = room[i]
+            left += (sum(free) if isinstance(free, tuple) else free) / demand
+        return left
 
     def _is_thinkable(self) -> bool:
         """Whether the sites have enough in all. Most groups that wait are refused here."""
-        everything = range(len(self._sites))
-        for i, demand in enumerate(self._demand):
+        for i, demand in self._demand:
             free = [site.room[i] for site in self._sites]
             if demand > sum(sum(x) if isinstance(x, tuple) else max(x, 0) for x in free):
                 return False
-        return self._has_slots(everything, self._counts)
+        return self._has_slots(range(len(self._sites)), self._counts)
 
     def _has_slots(self, positions: Sequence[int], counts: Counts) -> bool:
         """Whether each kind alone would fit."""
@@ -222,7 +236,7 @@ class Packing:
     def _pack(self, positions: Sequence[int], counts: Counts) -> Places | None:
         of_sort: dict[Sort, int] = {}
         for position in positions:
-            sort = self._sites[position].room, self._sites[position].kinds
+            sort = self._sort(position)
             of_sort[sort] = of_sort.get(sort, 0) + 1
         chosen: list[tuple[Sort, Counts]] = []
         while any(counts):
@@ -238,7 +252,7 @@ class Packing:
                 if of_sort[sort]:
                     break
         wanted = Counter(sort for sort, _ in chosen)
-        sorts = {position: (self._sites[position].room, self._sites[position].kinds) for position in positions}
+        sorts = {position: self._sort(position) for position in positions}
         near = self._near(sorts, wanted)
         return {near[sort].pop(0): list(taken) for sort, taken in chosen}
 
@@ -262,7 +276,8 @@ class Packing:
         for position, room in rooms.items():
             sort = room, self._sites[position].kinds
             if sort not in known:
-                known[sort] = sum(1 << kind for kind in range(len(counts)) if self._fill(sort, _one(kind, counts))[0][kind])
+                may = [kind for kind, count in enumerate(counts) if count and sort[1] >> kind & 1]
+                known[sort] = sum(1 << kind for kind in may if self._take(room, kind, 1)[0])
             if known[sort]:
                 fitting[position] = known[sort]
         free = Counter(fitting.values())
@@ -278,7 +293,7 @@ class Packing:
         places: Places = {}
         for kinds, of_kind in given.items():
             for kind in sorted(of_kind.elements()):
-                places[near[kinds].pop(0)] = list(_one(kind, counts))
+                places[near[kinds].pop(0)] = [int(k == kind) for k in range(len(counts))]
         return places
 
     # -------------------------------------------------------------------------------------------------------------- near
@@ -296,7 +311,7 @@ class Packing:
             if 1 < len(members[prefix]) < len(positions) and all(path[: len(prefix)] == prefix for path in paths):
                 yield members[prefix]
 
-    def _near(self, sorts: Mapping[int, object], wanted: Mapping[object, int]) -> dict[object, list[int]]:
+    def _near(self, sorts: Mapping[int, S], wanted: Mapping[S, int]) -> dict[S, list[int]]:
         """Positions of so many sites of each sort: nearest to those in use, else within the shortest window of ranks."""
         suited = [position for position, sort in sorts.items() if sort in wanted]
         if self._used:
@@ -304,15 +319,13 @@ class Packing:
             suited.sort(key=lambda position: (abs(self._sites[position].rank - middle), position))
         else:
             suited = self._shortest_window(sorted(suited), sorts, wanted)
-        found: dict[object, list[int]] = {sort: [] for sort in wanted}
+        found: dict[S, list[int]] = {sort: [] for sort in wanted}
         for position in suited:
             if len(found[sorts[position]]) < wanted[sorts[position]]:
                 found[sorts[position]].append(position)
         return found
 
-    def _shortest_window(
-        self, suited: list[int], sorts: Mapping[int, object], wanted: Mapping[object, int]
-    ) -> list[int]:
+    def _shortest_window(self, suited: list[int], sorts: Mapping[int, S], wanted: Mapping[S, int]) -> list[int]:
         missing, lacking = dict(wanted), len(wanted)
         best, length = suited, float("inf")
         first = 0
@@ -335,7 +348,9 @@ class Packing:
             self.was_cut_off = True
             return None
         rooms = [site.room for site in self._sites]
-        loads = [int(position in set(self._used)) for position in range(len(rooms))]
+        loads = [0] * len(rooms)
+        for position in self._used:
+            loads[position] = 1
         places: list[int] = []
         visits = 0
 
@@ -344,7 +359,7 @@ class Packing:
             if len(places) == len(bundles):
                 return True
             kind, tried = bundles[len(places)], set()
-            by_load = sorted(range(len(rooms)), key=lambda p: -(loads[p] > 0) if is_packing else loads[p])
+            by_load = sorted(range(len(rooms)), key=lambda p: loads[p] == 0 if is_packing else loads[p])
             for position in by_load:
                 visits += 1
                 if visits > MOST_VISITS:
@@ -373,10 +388,6 @@ class Packing:
         for kind, position in zip(bundles, places, strict=True):
             found.setdefault(position, [0] * len(self._counts))[kind] += 1
         return found
-
-
-def _one(kind: int, counts: Counts) -> Counts:
-    return tuple(int(k == kind) for k in range(len(counts)))
 
 
 def _augment(kind: int, sets: Sequence[int], free: Counter[int], given: Mapping[int, Counter[int]]) -> bool:

@@ -33,6 +33,7 @@ class Node(Protocol):
     @property
     def units(self) -> Units:
         """Of resources that come in units, what is free of each."""
+
     @property
     def labels(self) -> Mapping[str, str]: ...
     @property
@@ -289,7 +290,7 @@ class _Problem:
 
 
 def _room(names: Sequence[str], available: Shape, units: Units) -> Room:
-    return tuple(tuple(sorted(units[name].values())) if name in units else available.get(name, 0) for name in names)
+    return tuple([tuple(sorted(units[name].values())) if name in units else available.get(name, 0) for name in names])
 
 
 def _whole(node: Node) -> Units:
@@ -299,7 +300,7 @@ def _whole(node: Node) -> Units:
 # ------------------------------------------------------------------------------------------------------------------- texts
 def _why_none(demand: Shape, rules: Sequence[LabelRule], nodes: Iterable[Node]) -> str:
     """A line per sort of nodes: their reasons, with what is free from the least to the most."""
-    alike: dict[tuple[object, ...], list[Node]] = {}
+    alike: dict[tuple[tuple[tuple[LabelRule, str | None], ...], tuple[tuple[str, int], ...]], list[Node]] = {}
     for node in nodes:
         broken = tuple((rule, node.labels.get(rule.key)) for rule in rules if not matches([rule], node.labels))
         lacking = tuple(
@@ -313,10 +314,10 @@ def _why_none(demand: Shape, rules: Sequence[LabelRule], nodes: Iterable[Node]) 
     if not alike:
         return "there are no nodes"
     lines = []
-    for (broken, lacking), members in alike.items():  # type: ignore[misc]
-        needs = "needs " + ", ".join(_lack(name, demand[name], total, members) for name, total in lacking)  # type: ignore[attr-defined]
+    for (broken, lacking), members in alike.items():
+        needs = "needs " + ", ".join(_lack(name, demand[name], total, members) for name, total in lacking)
         reasons = [needs] if lacking else []
-        reasons += [_rule_in_words(rule, value) for rule, value in broken]  # type: ignore[attr-defined]
+        reasons += [_rule_in_words(rule, value) for rule, value in broken]
         lines.append(f"{_who(members)}: {'; '.join(reasons)}")
     if len(lines) > _MOST_LINES:
         rest = sum(len(members) for members in list(alike.values())[_MOST_LINES - 1 :])
