@@ -357,7 +357,7 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    shown = [str(first) if first == last else f"{first}–{last}" for first, last in runs]  # noqa: RUF001
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
     return ", ".join(shown if len(shown) <= 6 else [*shown[:5], "…"])
 
 

@@ -25,7 +25,9 @@ class FakeNode:
         return self
 
 
-def node(rank: int, labels: Mapping[str, str] = {}, host: str = "", switch: tuple[str, ...] = (), **total: float) -> FakeNode:
+def node(
+    rank: int, labels: Mapping[str, str] = {}, host: str = "", switch: tuple[str, ...] = (), **total: float
+) -> FakeNode:
     """An idle node; `node(0, CPU=2, GPU=1)`."""
     shape = shape_of(total)
     units = {"GPU": dict.fromkeys(range(shape["GPU"] // UNIT), UNIT)} if "GPU" in shape else {}

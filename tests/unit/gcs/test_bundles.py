@@ -21,7 +21,6 @@ from hpcray.gcs.policies import (
 )
 from hpcray.protocol.messages import LabelRule
 from hpcray.resources import UNIT, Shape, choose_units, shape_of, slots
-
 from tests.unit.gcs.nodes import FakeNode, node
 
 IN_A = LabelRule("zone", "in", ("a",))
@@ -46,7 +45,9 @@ def fits(taken: Sequence[Shape], on: FakeNode) -> bool:
     return True
 
 
-def keeps(ranks: Sequence[int], bundles: Sequence[Shape], strategy: str, nodes: Any, labels: Labels, placed: Any) -> bool:
+def keeps(
+    ranks: Sequence[int], bundles: Sequence[Shape], strategy: str, nodes: Any, labels: Labels, placed: Any
+) -> bool:
     """Whether a placement is right."""
     by_rank = {each.rank: each for each in nodes}
     if strategy == "STRICT_PACK" and len(set(ranks)) > 1:
@@ -65,7 +66,11 @@ def keeps(ranks: Sequence[int], bundles: Sequence[Shape], strategy: str, nodes: 
 
 
 def all_placements(
-    bundles: Sequence[Shape], strategy: str, nodes: Sequence[FakeNode], labels: Labels = (), placed: Mapping[int, int] = {}
+    bundles: Sequence[Shape],
+    strategy: str,
+    nodes: Sequence[FakeNode],
+    labels: Labels = (),
+    placed: Mapping[int, int] = {},
 ) -> Iterator[tuple[int, ...]]:
     for ranks in itertools.product([each.rank for each in nodes], repeat=len(bundles)):
         if keeps(ranks, bundles, strategy, nodes, labels, placed):
@@ -150,7 +155,9 @@ def test_spread_takes_as_many_nodes_as_bundles_where_that_is_possible(nodes, bun
 def test_what_fits_now_would_fit_if_nothing_else_ran_and_what_never_could_does_not_fit_now(nodes, bundles, strategy):
     if not bundles_could_fit(bundles, strategy, nodes):
         assert place_bundles(bundles, strategy, nodes) is None
-        idle = [FakeNode(n.rank, n.total, n.total, {k: dict.fromkeys(f, UNIT) for k, f in n.units.items()}) for n in nodes]
+        idle = [
+            FakeNode(n.rank, n.total, n.total, {k: dict.fromkeys(f, UNIT) for k, f in n.units.items()}) for n in nodes
+        ]
         assert next(all_placements(bundles, strategy, idle), None) is None
 
 
@@ -235,16 +242,16 @@ def test_a_large_group_that_greed_cannot_place_is_given_up_in_bounded_time():
 def test_the_text_says_how_many_bundles_have_room():
     nodes = [node(0, CPU=4).take({"CPU": 3}), node(1, CPU=4).take({"CPU": 1})]
     assert bundles_why_not(bundles_of({"CPU": 3}, {"CPU": 3}, {"CPU": 3}), "PACK", nodes) == (
-        "3 bundles (0–2) of 3 CPU: room for 1 now and 2 if nothing else ran"
+        "3 bundles (0-2) of 3 CPU: room for 1 now and 2 if nothing else ran"
     )
     assert bundles_why_not(bundles_of({"CPU": 1}, {"GPU": 1}), "PACK", nodes) == (
-        "bundle 1 of 1 GPU: room for 0 now and 0 if nothing else ran\n2 nodes (0–1; hosts h0 and h1): needs 1 GPU, 0 free of 0"
+        "bundle 1 of 1 GPU: room for 0 now and 0 if nothing else ran\n2 nodes (0-1; hosts h0 and h1): needs 1 GPU, 0 free of 0"
     )
 
 
 def test_the_text_of_strict_pack_speaks_of_all_together():
     assert bundles_why_not(bundles_of({"CPU": 3}, {"CPU": 2}), "STRICT_PACK", [node(0, CPU=4), node(1, CPU=4)]) == (
-        "STRICT_PACK puts all 2 bundles on one node:\n2 nodes (0–1; hosts h0 and h1): needs 5 CPU, 4 free of 4"
+        "STRICT_PACK puts all 2 bundles on one node:\n2 nodes (0-1; hosts h0 and h1): needs 5 CPU, 4 free of 4"
     )
 
 

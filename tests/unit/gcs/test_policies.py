@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hpcray.gcs.policies import feasible, matches, order, why_not
 from hpcray.protocol.messages import ActorOptions, LabelRule, Template
 from hpcray.resources import UNIT, shape_of
-
 from tests.unit.gcs.nodes import FakeNode, node
 
 
@@ -41,7 +40,11 @@ IN_A = LabelRule("zone", "in", ("a",))
     ],
 )
 def test_rules_hold_as_in_ray(rule, on_a, on_b, on_none):
-    assert [matches([rule], labels) for labels in ({"zone": "a"}, {"zone": "b"}, {"other": "a"})] == [on_a, on_b, on_none]
+    assert [matches([rule], labels) for labels in ({"zone": "a"}, {"zone": "b"}, {"other": "a"})] == [
+        on_a,
+        on_b,
+        on_none,
+    ]
 
 
 def test_all_rules_must_hold():
@@ -135,7 +138,9 @@ def test_each_node_comes_once_and_the_preferences_are_kept(rows, cpus, likes):
         has = each.total.get("CPU", 0)
         use = (has - each.available.get("CPU", 0) + cpus * UNIT) / has if has else 0.0
         if cpus:
-            keys.append((likes and each.labels.get("zone") != "a", "GPU" in each.total, use if use > 0.5 else 0, each.rank))
+            keys.append(
+                (likes and each.labels.get("zone") != "a", "GPU" in each.total, use if use > 0.5 else 0, each.rank)
+            )
     assert keys == sorted(keys)
     assert ranks(order(spec, nodes)) == ranks(ordered)
 
@@ -162,11 +167,13 @@ def test_each_rule_has_its_words(rule, text):
 
 
 def test_a_thousand_nodes_make_a_few_lines():
-    nodes = [node(rank, host=f"h{rank // 4}", CPU=2 + 2 * (rank >= 600)).take({"CPU": rank % 3}) for rank in range(1000)]
+    nodes = [
+        node(rank, host=f"h{rank // 4}", CPU=2 + 2 * (rank >= 600)).take({"CPU": rank % 3}) for rank in range(1000)
+    ]
     text = why_not(template(CPU=8), nodes)
     assert text.splitlines() == [
-        "600 nodes (0–599; hosts h0 to h149): needs 8 CPU, 0 to 2 free of 2",
-        "400 nodes (600–999; hosts h150 to h249): needs 8 CPU, 2 to 4 free of 4",
+        "600 nodes (0-599; hosts h0 to h149): needs 8 CPU, 0 to 2 free of 2",
+        "400 nodes (600-999; hosts h150 to h249): needs 8 CPU, 2 to 4 free of 4",
     ]
 
 
@@ -185,7 +192,9 @@ def test_fractions_of_gpus_that_do_not_help_are_told_apart():
 
 
 def test_memory_is_told_in_gib():
-    assert why_not(template(memory=3 * 2**30), [node(0, memory=2**31)]).endswith("needs 3 GiB memory, 2 GiB free of 2 GiB")
+    assert why_not(template(memory=3 * 2**30), [node(0, memory=2**31)]).endswith(
+        "needs 3 GiB memory, 2 GiB free of 2 GiB"
+    )
 
 
 def test_an_overdrawn_node_has_nothing_free():
