@@ -109,7 +109,7 @@ class Packing:
             most = {sort: sum(self._fill(sort, counts)[0]) for sort in {self._sort(p) for p in self._unused}}
             for domain in self._domains(self._unused):
                 if sum(sorted(most[self._sort(p)] for p in domain)[-len(everywhere) :]) < sum(counts):
-                    continue  # it would take more sites
+                    continue  # it would hardly do with as few sites
                 within = self._pack(domain, counts)
                 if within is not None and len(within) <= len(everywhere):
                     return places | within

@@ -1,14 +1,13 @@
 """Where tasks, actors and bundles should go, and in words why they cannot. Pure; nothing here is changed or remembered.
 
-Costs at 1,000 nodes, which a yardstick accompanies in tests/bench/bench_policies.py: `feasible` looks at all of them (0.3 ms)
-and depends on totals and labels only, so it is for once per class; `order` is lazy, and gives the first node after a look
-at one (2 µs) as long as nodes are less than half used; `place_bundles` takes a few ms for 100 bundles. The texts take some
-ms and are for people.
+Costs at 1,000 nodes (tests/bench/bench_policies.py): `feasible` and `order` 0.5 to 1 ms, so they are for once per class or class
+and turn, and 100 places taken in one turn cost 10 us each; `place_bundles` 2 to 15 ms for 100 bundles, up to 50 if they are of
+several kinds and no two nodes have the same free. The texts take some ms and are for people.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from hpcray.gcs.packing import Packing, Places, Room, Site
@@ -88,36 +87,32 @@ def feasible(template: Template, nodes: Iterable[N]) -> list[N]:
     return found
 
 
-def order(template: Template, nodes: Iterable[N]) -> Iterator[N]:
-    """Which of the feasible nodes to take first: Ray's hybrid policy, lazily, so that one place costs a look at few nodes.
+def order(template: Template, nodes: Iterable[N]) -> list[N]:
+    """Which of the feasible nodes to take first, by Ray's hybrid policy: for once per class and turn, not per task.
 
     Nodes with all liked labels come before others; then, for what needs no GPU, those that have none; then those that
     would at most be half used, as they are given (so work is packed there); then the others, least used first. How much
-    a node would be used is the largest share over the resources demanded, one such demand included; of those that a demand
-    of nothing has to do with, CPU, GPU and memory. A node's use is read when its turn comes: take places meanwhile.
+    a node would be used is the largest share over the resources demanded, one such demand included; of a demand of nothing,
+    over CPU, GPU and memory. It includes those that have no room now, which thus come late.
     """
     demand = demand_of(template)
-    names = [(name, amount) for name, amount in demand.items()] or [(name, 0) for name in _WITHOUT_DEMAND]
+    names = list(demand.items()) or [(name, 0) for name in _WITHOUT_DEMAND]
     avoids_gpus = "GPU" not in demand
-    later: dict[tuple[bool, bool], tuple[list[N], list[tuple[float, N]]]] = {}
+    liked = template.liked_labels
+    halves: dict[tuple[bool, bool], list[N]] = {}
+    others: dict[tuple[bool, bool], list[tuple[float, N]]] = {}
     for node in nodes:
+        key = (bool(liked) and not matches(liked, node.labels), avoids_gpus and node.total.get("GPU", 0) > 0)
         used = _use(node, names)
-        has_gpus = avoids_gpus and node.total.get("GPU", 0) > 0
-        is_liked = not template.liked_labels or matches(template.liked_labels, node.labels)
-        if is_liked and not has_gpus and used <= 0.5:
-            yield node
-            continue
-        halves, others = later.setdefault((not is_liked, has_gpus), ([], []))
         if used <= 0.5:
-            halves.append(node)
+            halves.setdefault(key, []).append(node)
         else:
-            others.append((used, node))
-    for key in sorted(later):
-        halves, others = later[key]
-        yield from halves
-        others.sort(key=lambda entry: entry[0])
-        for _, node in others:
-            yield node
+            others.setdefault(key, []).append((used, node))
+    ordered: list[N] = []
+    for key in sorted({*halves, *others}):
+        ordered += halves.get(key, [])
+        ordered += [node for _, node in sorted(others.get(key, []), key=lambda entry: entry[0])]
+    return ordered
 
 
 def _use(node: Node, names: Iterable[tuple[str, int]]) -> float:
