@@ -28,7 +28,7 @@ _ORIGINS = {
     "get_runtime_context": "hpcray.runtime_context",
     "ObjectRef": "hpcray.object_ref",
 }
-_MODULES = ("exceptions", "runtime_context")
+_MODULES = ("exceptions", "runtime_context", "util")
 
 __all__ = [*_ORIGINS, "exceptions", "__version__"]
 

@@ -101,6 +101,7 @@ class Client:
         self.inbox: deque[m.Run] = deque()
         self.exit_asked = False
         self.on_log: Callable[[m.LogLines], None] = lambda _lines: None
+        self.on_units: Callable[[dict[str, list[str]]], None] = lambda _ids: None
         self.before_blocking: Callable[[], None] = lambda: None
         """In workers: hand back what was not started; called before and while user code waits."""
         self.is_closed = False
@@ -162,7 +163,7 @@ class Client:
             m.Registered: self._on_registered, m.Refused: self._on_refused, m.MapArena: self._on_map_arena,
             m.LogLines: lambda lines: self.on_log(lines), m.Exit: self._on_exit, m.Exists: self._on_exists,
             m.LaneOpened: self._on_lane_opened, m.LaneClosed: self._on_lane_closed, m.LaneWanted: self._on_lane_wanted,
-            m.ServeLane: self._on_serve_lane,
+            m.ServeLane: self._on_serve_lane, m.AssignUnits: lambda message: self.on_units(message.ids),
         }  # fmt: skip
 
     def register(self, namespace: str, sys_path: list[str], *, log_to_driver: bool) -> None:
@@ -320,13 +321,15 @@ class Client:
             self._counter += 1
             return ids.task_id(self.prefix, self._counter)
 
-    def submit(self, message: m.Submit | m.Call | m.CreateActor, returns: Sequence[bytes]) -> list[ObjectRef[Any]]:
-        """Send a task or call; the references of its returns."""
+    def submit(
+        self, message: m.Submit | m.Call | m.CreateActor | m.AwaitPlacementGroup, returns: Sequence[bytes]
+    ) -> list[ObjectRef[Any]]:
+        """Send what makes objects; the references of these."""
         with self._lock:
             counts = self._counts
             for identifier in returns:
                 counts[identifier] = 1
-            if self.is_driver and not isinstance(message, m.CreateActor):
+            if self.is_driver and isinstance(message, m.Submit | m.Call):
                 self._coming.update(returns)
                 if not self._lanes.take(message, returns):
                     self._send_locked(message)

@@ -327,6 +327,8 @@ _RAISED_BY_RAYLETS: dict[str, type[Exception]] = {
         RaySystemError,
         TaskUnschedulableError,
         ActorUnschedulableError,
+        TaskPlacementGroupRemoved,
+        ActorPlacementGroupRemoved,
         ValueError,
     )
 }

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpcray import ids
-from hpcray.protocol.messages import ActorOptions, Template
+from hpcray.protocol.messages import ActorOptions, LabelRule, Template
 from hpcray.resources import Shape, shape_of
 
 _NUMBER = (int, float)
@@ -128,10 +128,14 @@ def _check_strategy(strategy: Any) -> None:
     if isinstance(strategy, str):
         if strategy not in ("DEFAULT", "SPREAD"):
             raise ValueError(f"scheduling_strategy must be 'DEFAULT' or 'SPREAD', not {strategy!r}")
-    elif not hasattr(strategy, "node_id"):
+    elif not hasattr(strategy, "node_id") and not hasattr(strategy, "placement_group"):
         raise TypeError(
             f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a NodeAffinitySchedulingStrategy, not {strategy!r}"
         )
+
+
+def label_rules(selector: Mapping[str, str]) -> list[LabelRule]:
+    return []
 
 
 def _strategy(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,6 +144,8 @@ def _strategy(options: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if strategy == "SPREAD":
         return {"spread": True}
+    if hasattr(strategy, "placement_group"):
+        return {"group": strategy.placement_group.id.binary(), "bundle": strategy.placement_group_bundle_index}
     return {
         "node": ids.rank_of_node(strategy.node_id),
         "node_is_soft": bool(getattr(strategy, "soft", False)),

@@ -48,6 +48,15 @@ Units = dict[str, dict[int, int]]
 """Of resources that come in units (GPUs): what is free of each unit, by its number."""
 
 
+IN_UNITS = ("GPU",)
+"""The resources that come in units; the others are amounts."""
+
+
+def whole_units(total: Mapping[str, int]) -> Units:
+    """The units of what there is, all of them free."""
+    return {name: dict.fromkeys(range(total[name] // UNIT), UNIT) for name in IN_UNITS if total.get(name)}
+
+
 def slots(available: Mapping[str, int], shape: Shape, units: Mapping[str, Mapping[int, int]] = {}) -> int:
     """How many demands of this shape fit into what is available; a shape without demands fits without limit.
 

@@ -33,6 +33,8 @@ class _State(threading.local):
 
 _state = _State()
 _actor: _Actor | None = None
+_units: dict[str, list[str]] | None = None
+"""Ids of the GPUs that this worker was given; None where its node has none."""
 
 
 def enter(work: m.Run, template: m.Template, name: str) -> None:
@@ -45,10 +47,23 @@ def leave() -> None:
     _state.running = None
 
 
+def assign_units(ids_of: dict[str, list[str]]) -> None:
+    """What this worker runs next has these GPUs, and no others."""
+    global _units
+    _units = ids_of
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids_of["GPU"])
+
+
 def become_actor(identifier: bytes, cls: type, template: m.Template) -> None:
     """From now on this worker is an actor."""
     global _actor
     _actor = _Actor(identifier, cls, template)
+
+
+def current_group() -> bytes:
+    """The placement group of the running task or actor; empty without one."""
+    running = _state.running or _actor
+    return running.template.group if running else b""
 
 
 class RuntimeContext:
@@ -103,12 +118,15 @@ class RuntimeContext:
 
     def get_accelerator_ids(self) -> dict[str, list[str]]:
         """Ids of the accelerators that this worker may use, by kind."""
+        if _units is not None:
+            return _units
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         return {"GPU": [part for part in visible.split(",") if part]}
 
     def get_placement_group_id(self) -> str | None:
-        """The placement group of the running task; None without one."""
-        return None
+        """The placement group of the running task or actor, in hexadecimal digits; None without one."""
+        group = current_group()
+        return group.hex() if group else None
 
     def get_runtime_env_string(self) -> str:
         """The runtime environment as JSON."""

@@ -469,6 +469,12 @@ class ServeLane(Message, tag=57):
     is_leased: bool
 
 
+class AssignUnits(Message, tag=59):
+    """To a worker, ahead of what it runs: these GPUs are its own, by what CUDA_VISIBLE_DEVICES calls them."""
+
+    ids: dict[str, list[str]]
+
+
 class LaneReply(Message, tag=58):
     """Worker → driver on a lane: the payload of the call's result; None: it has to go by the raylets. The driver returns
     that None when its raylet knows of the call."""
@@ -699,10 +705,14 @@ class WantLane(Message, tag=94):
 
 # ----------------------------------------------------------------------------------------------------------- raylet → GCS
 class Demand(Message, tag=100):
-    """So many tasks of this template wait at the sender (absolute; answered by `Grant`s as room comes)."""
+    """So many tasks of this template wait at the sender (absolute; answered by `Grant`s as room comes).
+
+    `near`: of these, how many have most of their arguments on which rank.
+    """
 
     template: bytes
     count: int
+    near: dict[int, int] = {}
 
 
 class Load(Message, tag=101):
@@ -809,7 +819,7 @@ class WatchPlacementGroup(Message, tag=113):
 
 
 class BundlesReserved(Message, tag=114):
-    """Answer to `ReserveBundles`: all of them, or none for want of room."""
+    """Answer to `ReserveBundles`: all of them, or none for want of room. Followed by `Load`, in the same frame."""
 
     group: bytes
     ok: bool
@@ -849,10 +859,11 @@ class ActorChanged(Message, tag=132):
 
 
 class StopActor(Message, tag=133):
-    """To the hosting raylet: end the actor's worker, now or (`drain`) after the calls it has."""
+    """To the hosting raylet: end the actor's worker, now or (`drain`) after the calls it has. `why`: half a sentence."""
 
     actor: bytes
     drain: bool
+    why: str
 
 
 class Told(Message, tag=134):
@@ -885,9 +896,10 @@ class ReserveBundles(Message, tag=138):
 
 
 class ReturnBundles(Message, tag=139):
-    """To a raylet: the group's bundles there are bundles no more; what runs in them ends."""
+    """To a raylet: these bundles of the group (empty: all) are bundles no more; what runs in them ends."""
 
     group: bytes
+    bundles: list[int]
 
 
 class Shutdown(Message, tag=136):
@@ -913,6 +925,7 @@ ClientMessage: TypeAlias = (
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed
     | MapArena | Answer | LogLines | Exit | Exists | LaneOpened | LaneClosed | LaneWanted | ServeLane | LaneReply
+    | AssignUnits
 )  # fmt: skip
 PeerMessage: TypeAlias = (
     Define | DefineTemplate | Execute | ExecuteCall | Finished | Crashed | Locate | Located | Borrow | Borrowed | Unborrow
@@ -921,6 +934,6 @@ PeerMessage: TypeAlias = (
     | Survey | Surveyed | StartActor | LogLines
     | Demand | Load | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor | WatchActor
     | Ask | EndJob | CreatePlacementGroup | RemovePlacementGroup | WatchPlacementGroup | BundlesReserved
-    | PlacementGroupChanged | ReserveBundles | ReturnBundles | Grant | PlaceActor | ActorChanged | StopActor | Told | JobEnded | Shutdown | StartLane | EndLane
-    | LaneLost | WantLane
+    | PlacementGroupChanged | ReserveBundles | ReturnBundles | Grant | PlaceActor | ActorChanged | StopActor | Told
+    | JobEnded | Shutdown | StartLane | EndLane | LaneLost | WantLane
 )  # fmt: skip

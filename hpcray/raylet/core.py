@@ -5,6 +5,7 @@
     Calls         actor calls of this raylet's clients          (raylet/calls.py)
     Pool          workers, and what runs on them                (raylet/pool.py)
     HostedActors  actors that live here                         (raylet/actors.py)
+    Groups        placement groups: bundles, and who waits      (raylet/groups.py)
     Lanes         drivers that speak to workers themselves      (raylet/lanes.py)
 
 Rules:
@@ -15,7 +16,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,12 +28,13 @@ from hpcray.protocol import messages as m
 from hpcray.raylet.actors import HostedActors
 from hpcray.raylet.calls import Calls
 from hpcray.raylet.clients import Client, Work, Worker
+from hpcray.raylet.groups import Groups
 from hpcray.raylet.lanes import Key, Lanes
 from hpcray.raylet.ledger import Ledger
 from hpcray.raylet.pool import Pool
 from hpcray.raylet.surveys import TOPICS, Surveys
 from hpcray.raylet.tasks import Tasks
-from hpcray.resources import Shape, as_floats
+from hpcray.resources import UNIT, Shape, Units, as_floats
 from hpcray.store.allocator import Allocator
 from hpcray.store.entry import HERE, INLINE, MAPPED, SPILLED, Entry, Extent
 from hpcray.store.memory import Block
@@ -76,9 +78,21 @@ class GcsHere(Protocol):
 class NodeInfo:
     """What every rank knows of every other from the boot on."""
 
-    __slots__ = ("arena_size", "host", "machine", "pid", "rank", "resources")
+    __slots__ = ("arena_size", "gpus", "host", "labels", "machine", "pid", "rank", "resources", "switch")
 
-    def __init__(self, rank: int, host: str, machine: str, pid: int, resources: Shape, arena_size: int) -> None:
+    def __init__(
+        self,
+        rank: int,
+        host: str,
+        machine: str,
+        pid: int,
+        resources: Shape,
+        arena_size: int,
+        *,
+        labels: Mapping[str, str] = {},
+        gpus: Sequence[str] = (),
+        switch: tuple[str, ...] = (),
+    ) -> None:
         self.rank = rank
         self.host = host
         self.machine = machine
@@ -86,6 +100,11 @@ class NodeInfo:
         self.pid = pid
         self.resources = resources
         self.arena_size = arena_size
+        self.labels = dict(labels)
+        self.gpus = list(gpus) or [str(number) for number in range(resources.get("GPU", 0) // UNIT)]
+        """What CUDA_VISIBLE_DEVICES calls each of them."""
+        self.switch = switch
+        """The switches that lead to it, outermost first, where Slurm tells."""
 
 
 class RayletCore:
@@ -134,6 +153,7 @@ class RayletCore:
         self.ledger = Ledger(me.resources)
         self.pool = Pool(self.ledger, self.table, self)
         self.tasks = Tasks(self.table, self.pool, self)
+        self.groups = Groups(self.pool, self.tasks, self.table, self)
         self.calls = Calls(self.table, self)
         self.hosted = HostedActors(self.pool, self)
         self.lanes = Lanes(self.pool, self.tasks, self.calls, self.hosted, self)
@@ -156,6 +176,9 @@ class RayletCore:
             m.Define: self._on_client_define, m.DefineTemplate: self._on_client_define,
             m.OpenLane: self.lanes.on_open, m.CloseLane: self.lanes.on_close, m.LaneDone: self._on_lane_done,
             m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
+            m.CreatePlacementGroup: lambda _, x: self.to_gcs(x),
+            m.RemovePlacementGroup: lambda _, x: self.groups.on_remove(x),
+            m.AwaitPlacementGroup: self.groups.on_await,
         }  # fmt: skip
         self._from_peer: dict[type, Callable[[int, Any], None]] = {
             m.Execute: self._on_execute, m.ExecuteCall: self._on_execute_call, m.Finished: self._on_finished,
@@ -179,8 +202,10 @@ class RayletCore:
             m.Define: lambda _, x: self.define(x), m.DefineTemplate: lambda _, x: self.define(x),
             m.Grant: lambda _, x: self.tasks.on_grant(x), m.PlaceActor: lambda _, x: self.calls.on_place(x),
             m.ActorChanged: lambda _, x: self.calls.on_changed(x),
-            m.StopActor: lambda _, x: self.hosted.on_stop(x.actor, drain=x.drain), m.Told: self._on_told,
+            m.StopActor: lambda _, x: self.hosted.on_stop(x), m.Told: self._on_told,
             m.JobEnded: self._on_job_ended, m.StartLane: self.lanes.on_start, m.EndLane: self.lanes.on_end,
+            m.PlacementGroupChanged: lambda _, x: self.groups.on_changed(x.group, x.state),
+            m.ReserveBundles: lambda _, x: self.groups.on_reserve(x), m.ReturnBundles: lambda _, x: self.groups.on_return(x),
             m.LaneLost: lambda _, x: self.lanes.on_lost(x), m.WantLane: lambda _, x: self.lanes.on_wanted(x.client, x.lane),
         }  # fmt: skip
 
@@ -290,6 +315,8 @@ class RayletCore:
 
     def warn_if_infeasible(self, template: m.Template) -> None:
         """Tell drivers, once per class, of a demand that no node of the job can ever meet."""
+        if template.group:
+            return  # its bundles were checked when it was called
         shape = template.actor.placement if template.actor and template.actor.placement else template.resources
         if any(all(node.resources.get(k, 0) >= v for k, v in shape.items()) for node in self.nodes):
             return
@@ -630,6 +657,16 @@ class RayletCore:
             self._push_to_worker(worker, template)
         return self._out.join(worker.client, key, is_leased=bool(template))
 
+    def assign(self, worker: Worker, units: Units) -> None:
+        """Tell a worker which of this node's GPUs are its own; none, if so."""
+        gpus = self.nodes[self.rank].gpus
+        self._out.to_client(worker.client, m.AssignUnits({"GPU": [gpus[number] for number in units.get("GPU", ())]}))
+
+    def watch_group(self, group: bytes) -> bool:
+        """Whether something may run in a placement group, some time; from now on this raylet hears of its changes."""
+        self.groups.watch(group)
+        return not self.groups.is_removed(group)
+
     def stored_value(self, worker: Worker, entry: Entry) -> m.StoredValue:
         return self.pin_for(worker.client, entry)
 
@@ -821,7 +858,8 @@ class RayletCore:
 
     def _load(self) -> m.Load:
         room = {template: self.pool.room(template) for template in self._granted_classes}
-        return m.Load(dict(self.ledger.free), room, dict(self._granted_classes))
+        units = {name: dict(each) for name, each in self.ledger.free_units.items()}
+        return m.Load(dict(self.ledger.free), units, room, dict(self._granted_classes))
 
     def _report_load(self) -> None:
         if self.is_alone and not self.gcs_wants_load:
@@ -846,6 +884,10 @@ class RayletCore:
         self.report_due = None
         self._reported = load
         self._out.send(0, load)
+
+    def report_load(self) -> None:
+        """At the end of this turn, whatever was reported before."""
+        self._reported = None
 
     def check(self) -> None:
         """Raise InternalError if any part disagrees with another. Slow: tests and HPCRAY_CHECK=1."""
