@@ -8,9 +8,11 @@ import pickle
 from collections.abc import Mapping
 from typing import Any
 
-from hpcray import ids
-from hpcray.protocol.messages import ActorOptions, LabelRule, Template
+from hpcray.labels import label_rules
+from hpcray.protocol.messages import ActorOptions, Template
 from hpcray.resources import Shape, shape_of
+from hpcray.runtime_context import NOWHERE, Surroundings
+from hpcray.strategies import check_group_options, check_strategy, strategy_fields
 
 _NUMBER = (int, float)
 _COMMON: dict[str, tuple[type, ...]] = {
@@ -20,6 +22,10 @@ _COMMON: dict[str, tuple[type, ...]] = {
     "resources": (dict,),
     "name": (str,),
     "scheduling_strategy": (object,),
+    "label_selector": (dict,),
+    "placement_group": (object,),
+    "placement_group_bundle_index": (int,),
+    "placement_group_capture_child_tasks": (bool,),
 }
 _OF_TASKS: dict[str, tuple[type, ...]] = {
     **_COMMON,
@@ -89,11 +95,14 @@ def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], ki
         elif key == "resources":
             _check_resources(value)
         elif key == "scheduling_strategy":
-            _check_strategy(value)
+            check_strategy(value)
+        elif key == "label_selector":
+            label_rules(value)
         elif key == "num_returns" and value < 0:
             raise ValueError(f"num_returns must be zero or more, not {value}")
         elif key.startswith("max_") and value < -1:
             raise ValueError(f"{key} must be -1 (for ever), zero or more, not {value}")
+    check_group_options(options)
 
 
 def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
@@ -124,42 +133,21 @@ def _shape(options: Mapping[str, Any], cpus: float) -> Shape:
     return shape_of(amounts)
 
 
-def _check_strategy(strategy: Any) -> None:
-    if isinstance(strategy, str):
-        if strategy not in ("DEFAULT", "SPREAD"):
-            raise ValueError(f"scheduling_strategy must be 'DEFAULT' or 'SPREAD', not {strategy!r}")
-    elif not hasattr(strategy, "node_id") and not hasattr(strategy, "placement_group"):
-        raise TypeError(
-            f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a NodeAffinitySchedulingStrategy, not {strategy!r}"
-        )
-
-
-def label_rules(selector: Mapping[str, str]) -> list[LabelRule]:
-    return []
-
-
-def _strategy(options: Mapping[str, Any]) -> dict[str, Any]:
-    strategy: Any = options.get("scheduling_strategy")
-    if strategy in (None, "DEFAULT"):
-        return {}
-    if strategy == "SPREAD":
-        return {"spread": True}
-    if hasattr(strategy, "placement_group"):
-        return {"group": strategy.placement_group.id.binary(), "bundle": strategy.placement_group_bundle_index}
-    return {
-        "node": ids.rank_of_node(strategy.node_id),
-        "node_is_soft": bool(getattr(strategy, "soft", False)),
-    }
-
-
 def _retry_exceptions(value: Any) -> bytes | None:
     if not value:
         return None
     return b"" if value is True else pickle.dumps(tuple(value))
 
 
-def task_template(job: bytes, function: bytes, name: str, options: Mapping[str, Any]) -> Template:
-    """The template of a remote function with checked options."""
+def task_template(
+    job: bytes, function: bytes, name: str, options: Mapping[str, Any], caller: Surroundings = NOWHERE
+) -> Template:
+    """The template of a remote function with checked options.
+
+    Raises:
+        ValueError: The placement group has no such bundle, or none that is large enough.
+    """
+    resources = _shape(options, 1)
     retries = options.get("max_retries")
     returns = options.get("num_returns")
     return Template(
@@ -167,15 +155,21 @@ def task_template(job: bytes, function: bytes, name: str, options: Mapping[str, 
         function=function,
         name=options.get("name") or name,
         num_returns=1 if returns is None else returns,
-        resources=_shape(options, 1),
+        resources=resources,
         max_retries=3 if retries is None else retries,
         retry_exceptions=_retry_exceptions(options.get("retry_exceptions")),
-        **_strategy(options),
+        **strategy_fields(options, name, resources, {}, caller),
     )
 
 
-def actor_template(job: bytes, cls: bytes, name: str, options: Mapping[str, Any]) -> Template:
-    """The template of an actor class with checked options: by default 1 CPU to be placed, 0 to run."""
+def actor_template(
+    job: bytes, cls: bytes, name: str, options: Mapping[str, Any], caller: Surroundings = NOWHERE
+) -> Template:
+    """The template of an actor class with checked options: by default 1 CPU to be placed, 0 to run.
+
+    Raises:
+        ValueError: As `task_template`.
+    """
     running = _shape(options, 0)
     placement = {} if options.get("num_cpus") is not None else {**running, "CPU": shape_of({"CPU": 1})["CPU"]}
     return Template(
@@ -191,5 +185,5 @@ def actor_template(job: bytes, cls: bytes, name: str, options: Mapping[str, Any]
             placement=placement,
             name=options.get("name") or "",
         ),
-        **_strategy(options),
+        **strategy_fields(options, name, running, placement, caller),
     )

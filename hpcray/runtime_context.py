@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpcray import ids
 from hpcray.client import require_client
@@ -64,6 +64,26 @@ def current_group() -> bytes:
     """The placement group of the running task or actor; empty without one."""
     running = _state.running or _actor
     return running.template.group if running else b""
+
+
+class Surroundings(NamedTuple):
+    """Where the code that submits something runs."""
+
+    group: bytes = b""
+    """Its placement group; empty without one."""
+    captures: bool = False
+    """What it submits runs in there, too."""
+
+
+NOWHERE = Surroundings()
+
+
+def surroundings() -> Surroundings:
+    """Those of the running task or actor."""
+    running = _state.running or _actor
+    if running is None or not running.template.group:
+        return NOWHERE
+    return Surroundings(running.template.group, running.template.captures)
 
 
 class RuntimeContext:

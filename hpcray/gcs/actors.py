@@ -22,7 +22,7 @@ from hpcray.gcs.groups import PlacementGroups
 from hpcray.gcs.views import NodeView
 from hpcray.ids import home_of
 from hpcray.protocol import messages as m
-from hpcray.resources import Shape, slots
+from hpcray.resources import slots
 
 PENDING, STARTING, ALIVE, DEAD = "pending", "starting", "alive", "dead"
 KILLED = "it was ended by hpcray.kill()"
@@ -143,21 +143,14 @@ class Actors:
     def _choose(self, spec: m.Template) -> int | None:
         if spec.group:
             # Its raylet has it wait for room in the bundle, which tasks may use without the GCS's knowledge.
-            ranks = [rank for rank, bundles in self._groups.bundles_on(spec).items() if self._fits_one(spec, bundles)]
+            homes = self._groups.bundles_on(spec).items()
+            ranks = [rank for rank, bundles in homes if any(slots(bundle, spec.resources) for bundle in bundles)]
             return min(ranks, key=lambda rank: (self._living.get(rank, 0), rank), default=None)
-        needed: Shape = spec.actor.placement if spec.actor and spec.actor.placement else spec.resources
-        nodes = policies.feasible(spec, list(self._nodes.values()))
-        fitting = [node for node in nodes if node.has_room_for(needed)]
-        if spec.node_is_soft and spec.node in {node.rank for node in fitting}:
-            return spec.node
-        best = policies.order(spec, fitting)
-        living = self._living
-        # Those that the policy likes as well as the best one: the one with the fewest actors.
-        return min(best, key=lambda node: (living.get(node.rank, 0), node.rank)).rank if best else None
-
-    @staticmethod
-    def _fits_one(spec: m.Template, bundles: list[Shape]) -> bool:
-        return any(slots(bundle, spec.resources) for bundle in bundles)
+        needed = policies.demand_of(spec)
+        nodes = policies.feasible(spec, self._nodes.values())
+        fitting = policies.favourites(spec, [node for node in nodes if node.has_room_for(needed)])
+        # Actors that hold nothing while they run would all be packed on one node by what it has free.
+        return min((node.rank for node in fitting), key=lambda rank: (self._living.get(rank, 0), rank), default=None)
 
     def on_started(self, message: m.ActorStarted) -> None:
         record = self._current(message.actor, message.incarnation)

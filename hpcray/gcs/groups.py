@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from hpcray import payload
-from hpcray.gcs.policies import bundles_could_fit, bundles_why_not, place_bundles
+from hpcray.gcs.policies import bundles_could_fit, bundles_why_not, largest_first, place_bundles
 from hpcray.gcs.views import NodeView
 from hpcray.protocol import messages as m
 from hpcray.resources import Shape, as_floats
@@ -214,9 +214,9 @@ class PlacementGroups:
         group.is_refused = False
         group.fresh = {}
         wanted: dict[int, dict[int, Shape]] = {}
-        for index, rank in enumerate(ranks):
+        for index in largest_first(group.spec.bundles):  # by which the policy was sure that they fit
             if index not in group.placed:
-                wanted.setdefault(rank, {})[index] = group.spec.bundles[index]
+                wanted.setdefault(ranks[index], {})[index] = group.spec.bundles[index]
         for rank, bundles in wanted.items():
             group.asked[rank] = list(bundles)
             for index in bundles:

@@ -85,8 +85,6 @@ class Scheduler:
         if feasible is None:
             nodes = policies.feasible(spec, list(self.nodes.values()))
             feasible = self._feasible[template] = {node.rank: node for node in nodes}
-        if spec.node_is_soft and spec.node in feasible:
-            return {spec.node: feasible[spec.node]}
         if template in self._starved:
             return {rank: feasible[rank] for rank in sorted(self._news) if rank in feasible}
         return feasible

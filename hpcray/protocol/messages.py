@@ -117,6 +117,8 @@ class Template(msgspec.Struct, array_like=True):
     """The placement group that it runs in."""
     bundle: int = -1
     """Which bundle of the group; -1: any."""
+    captures: bool = False
+    """What it submits runs in its group, too, unless told otherwise."""
 
 
 # -------------------------------------------------------------------------------------------------------- client → raylet

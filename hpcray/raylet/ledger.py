@@ -40,11 +40,13 @@ class Account:
         units: Of the resources that come in units, which there are and how much of each.
     """
 
-    __slots__ = ("free", "free_units", "total", "units")
+    __slots__ = ("free", "free_units", "holdings", "total", "units")
 
     def __init__(self, total: Mapping[str, int], units: Mapping[str, Mapping[int, int]]) -> None:
         self.total: Shape = dict(total)
         self.free: Shape = dict(total)
+        self.holdings = 0
+        """How many there are, those included that have nothing or have given their CPUs back."""
         self.units: Units = {name: dict(each) for name, each in units.items()}
         self.free_units: Units = {name: dict(each) for name, each in units.items()}
 
@@ -63,6 +65,7 @@ class Account:
 
     def take(self, shape: Shape) -> Holding:
         """Take a demand for which there is a slot."""
+        self.holdings += 1
         taken: Units = {}
         for name, amount in shape.items():
             self.free[name] -= amount
@@ -78,6 +81,7 @@ class Account:
         Raises:
             InternalError: More would be free than there is.
         """
+        self.holdings -= 1
         for name, amount in holding.shape.items():
             if not (holding.is_paused and name == "CPU"):
                 self._add(name, amount)
@@ -202,7 +206,7 @@ class Ledger:
 
     def _end_if_unused(self, account: Account) -> None:
         assert isinstance(account, Bundle)
-        if account.free == account.total and account.free_units == account.units:
+        if not account.holdings:
             self._leaving.discard(account)
             self._own.give_back(account.holding)
 
@@ -213,9 +217,7 @@ class Ledger:
         of_account: dict[Account, list[Holding]] = {account: [] for account in [self._own, *bundles]}
         of_account[self._own] += [bundle.holding for bundle in bundles]
         for holding in holdings:
-            if holding.account not in of_account and holding.shape:
-                raise InternalError(f"somebody has {holding.shape} of a bundle that went back")
-            of_account.setdefault(holding.account, []).append(holding)
+            of_account[holding.account].append(holding)
         for account, held in of_account.items():
             free = dict(account.free)
             free_units = {name: dict(each) for name, each in account.free_units.items()}
@@ -225,5 +227,7 @@ class Ledger:
                 for name, parts in holding.units.items():
                     for number, part in parts.items():
                         free_units[name][number] += part
+            if len(held) != account.holdings:
+                raise InternalError(f"{account.holdings} holdings of an account are counted, and there are {len(held)}")
             if free != account.total or free_units != account.units:
                 raise InternalError(f"{account.free} free and what is held make {free}, not {account.total}")

@@ -13,8 +13,8 @@ from typing import Any
 from hpcray import ids
 from hpcray.client import require_client
 from hpcray.exceptions import GetTimeoutError, TaskPlacementGroupRemoved
+from hpcray.labels import label_rules
 from hpcray.object_ref import ObjectRef
-from hpcray.options import label_rules
 from hpcray.protocol import messages as m
 from hpcray.resources import Shape, shape_of
 from hpcray.runtime_context import current_group

@@ -27,6 +27,7 @@ COMMANDS: dict[str, list[str]] = {
     "idle": ["bench_idle.py"],
     "transfer": ["mpirun", "4", "bench_transfer.py"],
     "scheduling": ["bench_scheduling.py"],
+    "policies": ["bench_policies.py"],
 }
 """What follows `python`, all but `--quick`."""
 MORE_COMMANDS: dict[str, list[str]] = {

@@ -26,7 +26,7 @@ CORES = {
     "raylet/core.py", "raylet/tasks.py", "raylet/calls.py", "raylet/pool.py", "raylet/actors.py", "raylet/ledger.py",
     "raylet/lanes.py", "raylet/groups.py", "raylet/clients.py", "raylet/surveys.py", "raylet/dependencies.py",
     "observe/statistics.py",
-    "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py", "gcs/views.py", "gcs/groups.py", "gcs/policies.py",
+    "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py", "gcs/views.py", "gcs/groups.py", "gcs/policies.py", "gcs/packing.py",
 }  # fmt: skip
 IMPURE = {
     "os", "socket", "time", "threading", "selectors", "select", "signal", "subprocess", "multiprocessing", "asyncio",
