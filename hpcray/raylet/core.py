@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -73,19 +74,29 @@ class GcsHere(Protocol):
     def end_turn(self, now: float) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """What every rank knows of every other from the boot on."""
+    """What every rank knows of every other from the boot on.
 
-    __slots__ = ("arena_size", "host", "machine", "pid", "rank", "resources")
+    Attributes:
+        machine: Ranks with the same one can map each other's memory.
+        resources: What it offers, in fixed point.
+        arena_size: Bytes.
+        labels: By key.
+        gpus: The GPUs that it offers, as `gpu_variable` names them, in the order in which programs number them. Empty if it was
+            only told how many there are: their names are then "0", "1", and so on.
+        gpu_variable: The environment variable that tells a process which GPUs to use.
+    """
 
-    def __init__(self, rank: int, host: str, machine: str, pid: int, resources: Shape, arena_size: int) -> None:
-        self.rank = rank
-        self.host = host
-        self.machine = machine
-        """Ranks with the same one can map each other's memory."""
-        self.pid = pid
-        self.resources = resources
-        self.arena_size = arena_size
+    rank: int
+    host: str
+    machine: str
+    pid: int
+    resources: Shape
+    arena_size: int
+    labels: dict[str, str] = field(default_factory=dict)
+    gpus: list[str] = field(default_factory=list)
+    gpu_variable: str = "CUDA_VISIBLE_DEVICES"
 
 
 class RayletCore:
