@@ -101,7 +101,7 @@ class Client:
         self.inbox: deque[m.Run] = deque()
         self.exit_asked = False
         self.on_log: Callable[[m.LogLines], None] = lambda _lines: None
-        self.on_units: Callable[[dict[str, list[str]]], None] = lambda _ids: None
+        self.on_gpus: Callable[[m.AssignGpus], None] = lambda _gpus: None
         self.before_blocking: Callable[[], None] = lambda: None
         """In workers: hand back what was not started; called before and while user code waits."""
         self.is_closed = False
@@ -163,7 +163,7 @@ class Client:
             m.Registered: self._on_registered, m.Refused: self._on_refused, m.MapArena: self._on_map_arena,
             m.LogLines: lambda lines: self.on_log(lines), m.Exit: self._on_exit, m.Exists: self._on_exists,
             m.LaneOpened: self._on_lane_opened, m.LaneClosed: self._on_lane_closed, m.LaneWanted: self._on_lane_wanted,
-            m.ServeLane: self._on_serve_lane, m.AssignUnits: lambda message: self.on_units(message.ids),
+            m.ServeLane: self._on_serve_lane, m.AssignGpus: lambda message: self.on_gpus(message),
         }  # fmt: skip
 
     def register(self, namespace: str, sys_path: list[str], *, log_to_driver: bool) -> None:

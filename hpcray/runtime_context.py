@@ -33,7 +33,7 @@ class _State(threading.local):
 
 _state = _State()
 _actor: _Actor | None = None
-_units: dict[str, list[str]] | None = None
+_gpus: list[str] | None = None
 """Ids of the GPUs that this worker was given; None where its node has none."""
 
 
@@ -47,11 +47,11 @@ def leave() -> None:
     _state.running = None
 
 
-def assign_units(ids_of: dict[str, list[str]]) -> None:
+def assign_gpus(message: m.AssignGpus) -> None:
     """What this worker runs next has these GPUs, and no others."""
-    global _units
-    _units = ids_of
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids_of["GPU"])
+    global _gpus
+    _gpus = message.ids
+    os.environ[message.variable] = ",".join(message.ids)
 
 
 def become_actor(identifier: bytes, cls: type, template: m.Template) -> None:
@@ -138,8 +138,8 @@ class RuntimeContext:
 
     def get_accelerator_ids(self) -> dict[str, list[str]]:
         """Ids of the accelerators that this worker may use, by kind."""
-        if _units is not None:
-            return _units
+        if _gpus is not None:
+            return {"GPU": list(_gpus)}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         return {"GPU": [part for part in visible.split(",") if part]}
 

@@ -21,7 +21,7 @@ from hpcray.gcs.views import NodeView
 from hpcray.ids import node_id
 from hpcray.protocol import messages as m
 from hpcray.raylet.core import NodeInfo
-from hpcray.resources import UNIT, Shape, as_floats
+from hpcray.resources import Shape, as_floats
 
 _to_msgpack = msgspec.msgpack.encode
 _from_msgpack = msgspec.msgpack.decode
@@ -149,8 +149,8 @@ class GcsCore:
             "DeathReasonMessage": "",
             "Rank": node.rank,
             "Pid": node.pid,
-            "Resources": self._with_node_names([node], dict(node.resources)),
-            "Labels": {"ray.io/node-id": identifier, **node.labels},
+            "Resources": as_floats(node.resources),
+            "Labels": node.labels,
         }
 
     def _sum(self, shapes: list[Shape]) -> dict[str, float]:
@@ -158,19 +158,12 @@ class GcsCore:
         for shape in shapes:
             for name, amount in shape.items():
                 total[name] = total.get(name, 0) + amount
-        return self._with_node_names(self.nodes, total)
+        return as_floats(total)
 
     def _available(self) -> dict[str, float]:
         views = self.views.values()
         free = self._sum([{n: max(0, a) for n, a in view.available.items()} for view in views])
         return {name: amount for name, amount in free.items() if amount > 0}
-
-    def _with_node_names(self, nodes: list[NodeInfo], shape: Shape) -> dict[str, float]:
-        for node in nodes:
-            shape[f"node:{node.host}"] = UNIT
-            if node.rank == 0:
-                shape["node:__internal_head__"] = UNIT
-        return as_floats({name: amount for name, amount in shape.items() if amount})
 
     def _claim_name(self, arguments: Any) -> None:
         namespace, name, actor, handle = arguments

@@ -471,10 +471,11 @@ class ServeLane(Message, tag=57):
     is_leased: bool
 
 
-class AssignUnits(Message, tag=59):
-    """To a worker, ahead of what it runs: these GPUs are its own, by what CUDA_VISIBLE_DEVICES calls them."""
+class AssignGpus(Message, tag=59):
+    """To a worker, ahead of what it runs: these GPUs are its own, by what this environment variable calls them."""
 
-    ids: dict[str, list[str]]
+    variable: str
+    ids: list[str]
 
 
 class LaneReply(Message, tag=58):
@@ -927,7 +928,7 @@ ClientMessage: TypeAlias = (
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed
     | MapArena | Answer | LogLines | Exit | Exists | LaneOpened | LaneClosed | LaneWanted | ServeLane | LaneReply
-    | AssignUnits
+    | AssignGpus
 )  # fmt: skip
 PeerMessage: TypeAlias = (
     Define | DefineTemplate | Execute | ExecuteCall | Finished | Crashed | Locate | Located | Borrow | Borrowed | Unborrow

@@ -16,7 +16,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -34,7 +35,7 @@ from hpcray.raylet.ledger import Ledger
 from hpcray.raylet.pool import Pool
 from hpcray.raylet.surveys import TOPICS, Surveys
 from hpcray.raylet.tasks import Tasks
-from hpcray.resources import UNIT, Shape, Units, as_floats
+from hpcray.resources import Shape, Units, as_floats
 from hpcray.store.allocator import Allocator
 from hpcray.store.entry import HERE, INLINE, MAPPED, SPILLED, Entry, Extent
 from hpcray.store.memory import Block
@@ -75,36 +76,35 @@ class GcsHere(Protocol):
     def end_turn(self, now: float) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """What every rank knows of every other from the boot on."""
+    """What every rank knows of every other from the boot on.
 
-    __slots__ = ("arena_size", "gpus", "host", "labels", "machine", "pid", "rank", "resources", "switch")
+    Attributes:
+        machine: Ranks with the same one can map each other's memory.
+        resources: What it offers, in fixed point.
+        arena_size: Bytes.
+        labels: By key.
+        gpus: The GPUs that it offers, as `gpu_variable` names them, in the order in which programs number them. Empty if it was
+            only told how many there are: their names are then "0", "1", and so on.
+        gpu_variable: The environment variable that tells a process which GPUs to use.
+        switch: The switches that lead to it, outermost first; empty if nobody tells.
+    """
 
-    def __init__(
-        self,
-        rank: int,
-        host: str,
-        machine: str,
-        pid: int,
-        resources: Shape,
-        arena_size: int,
-        *,
-        labels: Mapping[str, str] = {},
-        gpus: Sequence[str] = (),
-        switch: tuple[str, ...] = (),
-    ) -> None:
-        self.rank = rank
-        self.host = host
-        self.machine = machine
-        """Ranks with the same one can map each other's memory."""
-        self.pid = pid
-        self.resources = resources
-        self.arena_size = arena_size
-        self.labels = dict(labels)
-        self.gpus = list(gpus) or [str(number) for number in range(resources.get("GPU", 0) // UNIT)]
-        """What CUDA_VISIBLE_DEVICES calls each of them."""
-        self.switch = switch
-        """The switches that lead to it, outermost first, where Slurm tells."""
+    rank: int
+    host: str
+    machine: str
+    pid: int
+    resources: Shape
+    arena_size: int
+    labels: dict[str, str] = field(default_factory=dict)
+    gpus: list[str] = field(default_factory=list)
+    gpu_variable: str = "CUDA_VISIBLE_DEVICES"
+    switch: tuple[str, ...] = ()
+
+    def gpu(self, number: int) -> str:
+        """What `gpu_variable` calls one of its GPUs."""
+        return self.gpus[number] if self.gpus else str(number)
 
 
 class RayletCore:
@@ -659,8 +659,9 @@ class RayletCore:
 
     def assign(self, worker: Worker, units: Units) -> None:
         """Tell a worker which of this node's GPUs are its own; none, if so."""
-        gpus = self.nodes[self.rank].gpus
-        self._out.to_client(worker.client, m.AssignUnits({"GPU": [gpus[number] for number in units.get("GPU", ())]}))
+        me = self.nodes[self.rank]
+        ids = [me.gpu(number) for number in units.get("GPU", ())]
+        self._out.to_client(worker.client, m.AssignGpus(me.gpu_variable, ids))
 
     def watch_group(self, group: bytes) -> bool:
         """Whether something may run in a placement group, some time; from now on this raylet hears of its changes."""

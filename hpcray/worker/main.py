@@ -9,7 +9,7 @@ import socket
 from hpcray.client import Client, set_client
 from hpcray.exceptions import RaySystemError
 from hpcray.protocol import messages as m
-from hpcray.runtime_context import assign_units
+from hpcray.runtime_context import assign_gpus
 from hpcray.worker import output
 from hpcray.worker.executor import Executor
 
@@ -33,7 +33,7 @@ def main(sock: socket.socket) -> None:
 
     executor = Executor(client)
     client.before_blocking = hand_back
-    client.on_units = assign_units
+    client.on_gpus = assign_gpus
     try:
         while True:
             if not inbox:
