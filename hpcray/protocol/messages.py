@@ -472,10 +472,11 @@ class ServeLane(Message, tag=57):
 
 
 class AssignGpus(Message, tag=59):
-    """To a worker, ahead of what it runs: these GPUs are its own, by what this environment variable calls them."""
+    """To a worker, ahead of what it runs: these GPUs are its own, by what this environment variable calls them, or by their
+    numbers."""
 
     variable: str
-    ids: list[str]
+    ids: list[str | int]
 
 
 class LaneReply(Message, tag=58):

@@ -102,9 +102,9 @@ class NodeInfo:
     gpu_variable: str = "CUDA_VISIBLE_DEVICES"
     switch: tuple[str, ...] = ()
 
-    def gpu(self, number: int) -> str:
-        """What `gpu_variable` calls one of its GPUs."""
-        return self.gpus[number] if self.gpus else str(number)
+    def gpu(self, number: int) -> str | int:
+        """What `gpu_variable` calls one of its GPUs; the number itself where they have no names."""
+        return self.gpus[number] if self.gpus else number
 
 
 class RayletCore:

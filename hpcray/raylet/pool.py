@@ -23,7 +23,7 @@ from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work, Worker
 from hpcray.raylet.dependencies import Dependencies
 from hpcray.raylet.ledger import Holding, Ledger
-from hpcray.resources import UNIT, Units
+from hpcray.resources import IN_UNITS, UNIT, Units
 from hpcray.store.entry import HERE, INLINE, MAPPED, Entry
 from hpcray.store.table import ObjectTable
 
@@ -183,7 +183,8 @@ class Pool:
         return True
 
     def _open_lease(self, template: bytes, spec: m.Template, now: float) -> Worker:
-        worker = self._idle_worker(spec.job)
+        # A process that has looked for GPUs once goes on with what it found then: only a new one can be given some.
+        worker = self._idle_worker(spec.job, is_new=any(name in spec.resources for name in IN_UNITS))
         worker.holding = self.ledger.acquire(spec)
         worker.template = template
         worker.lease_since = now
@@ -192,9 +193,10 @@ class Pool:
             self._out.assign(worker, worker.holding.units)
         return worker
 
-    def _idle_worker(self, job: bytes) -> Worker:
+    def _idle_worker(self, job: bytes, *, is_new: bool) -> Worker:
         for index in range(len(self.idle) - 1, -1, -1):
-            if self.idle[index].job in (b"", job):
+            of_job = self.idle[index].job
+            if not of_job or (of_job == job and not is_new):
                 worker = self.idle.pop(index)
                 break
         else:
