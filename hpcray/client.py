@@ -102,6 +102,7 @@ class Client:
         self.exit_asked = False
         self.on_log: Callable[[m.LogLines], None] = lambda _lines: None
         self.on_gpus: Callable[[m.AssignGpus], None] = lambda _gpus: None
+        self.on_cpus: Callable[[m.BindCpus], None] = lambda _cpus: None
         self.before_blocking: Callable[[], None] = lambda: None
         """In workers: hand back what was not started; called before and while user code waits."""
         self.is_closed = False
@@ -164,6 +165,7 @@ class Client:
             m.LogLines: lambda lines: self.on_log(lines), m.Exit: self._on_exit, m.Exists: self._on_exists,
             m.LaneOpened: self._on_lane_opened, m.LaneClosed: self._on_lane_closed, m.LaneWanted: self._on_lane_wanted,
             m.ServeLane: self._on_serve_lane, m.AssignGpus: lambda message: self.on_gpus(message),
+            m.BindCpus: lambda message: self.on_cpus(message),
         }  # fmt: skip
 
     def register(self, namespace: str, sys_path: list[str], *, log_to_driver: bool) -> None:

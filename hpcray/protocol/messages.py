@@ -479,6 +479,12 @@ class AssignGpus(Message, tag=59):
     ids: list[str | int]
 
 
+class BindCpus(Message, tag=61):
+    """To a worker, ahead of what it runs: it is to run on these CPUs."""
+
+    cpus: list[int]
+
+
 class LaneReply(Message, tag=58):
     """Worker → driver on a lane: the payload of the call's result; None: it has to go by the raylets. The driver returns
     that None when its raylet knows of the call."""
@@ -929,7 +935,7 @@ ClientMessage: TypeAlias = (
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed
     | MapArena | Answer | LogLines | Exit | Exists | LaneOpened | LaneClosed | LaneWanted | ServeLane | LaneReply
-    | AssignGpus
+    | AssignGpus | BindCpus
 )  # fmt: skip
 PeerMessage: TypeAlias = (
     Define | DefineTemplate | Execute | ExecuteCall | Finished | Crashed | Locate | Located | Borrow | Borrowed | Unborrow

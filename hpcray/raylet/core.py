@@ -27,6 +27,7 @@ from hpcray.ids import client_prefix, object_id, task_of
 from hpcray.observe.statistics import Traffic
 from hpcray.protocol import messages as m
 from hpcray.raylet.actors import HostedActors
+from hpcray.raylet.binding import Binding
 from hpcray.raylet.calls import Calls
 from hpcray.raylet.clients import Client, Work, Worker
 from hpcray.raylet.groups import Groups
@@ -89,6 +90,7 @@ class NodeInfo:
             only told how many there are: their names are then "0", "1", and so on.
         gpu_variable: The environment variable that tells a process which GPUs to use.
         switch: The switches that lead to it, outermost first; empty if nobody tells.
+        cpus: The CPUs of its host that are its own; empty if there are none that no other rank or job may be using.
     """
 
     rank: int
@@ -101,6 +103,7 @@ class NodeInfo:
     gpus: list[str] = field(default_factory=list)
     gpu_variable: str = "CUDA_VISIBLE_DEVICES"
     switch: tuple[str, ...] = ()
+    cpus: tuple[int, ...] = ()
 
     def gpu(self, number: int) -> str | int:
         """What `gpu_variable` calls one of its GPUs; the number itself where they have no names."""
@@ -117,6 +120,7 @@ class RayletCore:
         arena_start: First offset of the arena that objects may use.
         inline_limit: Bytes up to which objects ride in messages.
         store_timeout: Seconds without anything coming free, after which who waits for room is told that there is none.
+        binding: Where its workers run; None: wherever the system likes.
         out: The way out.
     """
 
@@ -130,6 +134,7 @@ class RayletCore:
         inline_limit: int,
         store_timeout: float,
         out: RayletOut,
+        binding: Binding | None = None,
     ) -> None:
         me = nodes[rank]
         self.rank = rank
@@ -151,7 +156,7 @@ class RayletCore:
         self.memory = self.table.memory
         self.transfers = self.table.transfers
         self.ledger = Ledger(me.resources)
-        self.pool = Pool(self.ledger, self.table, self)
+        self.pool = Pool(self.ledger, self.table, self, binding)
         self.tasks = Tasks(self.table, self.pool, self)
         self.groups = Groups(self.pool, self.tasks, self.table, self)
         self.calls = Calls(self.table, self)
@@ -656,6 +661,10 @@ class RayletCore:
         if template:
             self._push_to_worker(worker, template)
         return self._out.join(worker.client, key, is_leased=bool(template))
+
+    def bind(self, worker: Worker, cpus: list[int]) -> None:
+        """Tell a worker where to run."""
+        self._out.to_client(worker.client, m.BindCpus(cpus))
 
     def assign(self, worker: Worker, units: Units) -> None:
         """Tell a worker which of this node's GPUs are its own; none, if so."""

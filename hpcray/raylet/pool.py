@@ -20,6 +20,7 @@ from typing import Protocol
 from hpcray import payload
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
+from hpcray.raylet.binding import Binding
 from hpcray.raylet.clients import Work, Worker
 from hpcray.raylet.dependencies import Dependencies
 from hpcray.raylet.ledger import Holding, Ledger
@@ -43,6 +44,7 @@ class PoolOut(Protocol):
 
     def spawn_worker(self) -> Worker: ...
     def assign(self, worker: Worker, units: Units) -> None: ...
+    def bind(self, worker: Worker, cpus: list[int]) -> None: ...
     def retire_worker(self, worker: Worker) -> None: ...
     def run(self, worker: Worker, work: Work, values: list[m.Value]) -> None: ...
     def stored_value(self, worker: Worker, entry: Entry) -> m.StoredValue: ...
@@ -53,10 +55,11 @@ class PoolOut(Protocol):
 class Pool:
     """The workers of one raylet and the work that is to run on them: a pure core."""
 
-    def __init__(self, ledger: Ledger, table: ObjectTable, out: PoolOut) -> None:
+    def __init__(self, ledger: Ledger, table: ObjectTable, out: PoolOut, binding: Binding | None = None) -> None:
         self.ledger = ledger
         self._table = table
         self._out = out
+        self._binding = binding
         self.ready: dict[bytes, deque[Work]] = {}
         self.leases: dict[bytes, list[Worker]] = {}
         self.idle: list[Worker] = []
@@ -191,6 +194,8 @@ class Pool:
         self.leases.setdefault(template, []).append(worker)
         if self.ledger.free_units:
             self._out.assign(worker, worker.holding.units)
+        if self._binding is not None:
+            self._out.bind(worker, self._binding.bind(worker.client.number, spec.resources.get("CPU", 0)))
         return worker
 
     def _idle_worker(self, job: bytes, *, is_new: bool) -> Worker:
@@ -298,6 +303,8 @@ class Pool:
         assert worker.holding is not None
         self.ledger.release(worker.holding)
         worker.holding = None
+        if self._binding is not None:
+            self._binding.release(worker.client.number)
         leases = self.leases[worker.template]
         leases.remove(worker)
         if not leases:
@@ -342,6 +349,8 @@ class Pool:
             return
         worker.is_blocked = True
         self.ledger.pause(worker.holding)
+        if self._binding is not None:
+            self._binding.pause(worker.client.number)
 
     def on_unblocked(self, worker: Worker) -> None:
         """The worker goes on, whether or not its CPUs are free."""
@@ -349,6 +358,8 @@ class Pool:
             return
         worker.is_blocked = False
         self.ledger.resume(worker.holding)
+        if self._binding is not None:
+            self._binding.resume(worker.client.number)
 
     def on_gone(self, worker: Worker) -> list[Work]:
         """The worker's process ended: what was running there (to be failed or retried by its home)."""
