@@ -89,6 +89,9 @@ class LabelRule(msgspec.Struct, array_like=True, frozen=True):
     values: tuple[str, ...] = ()
 
 
+NO_NODE = -1
+
+
 class Template(msgspec.Struct, array_like=True):
     """What all calls of one remote function with the same options share; sent once per process, named by its hash.
 
@@ -107,6 +110,7 @@ class Template(msgspec.Struct, array_like=True):
     """None: never; b"": on any exception; else a pickled tuple of exception classes, opened by the worker."""
     spread: bool = False
     node: int | None = None
+    """The rank that it is to run on; `NO_NODE`: one that there is not."""
     node_is_soft: bool = False
     actor: ActorOptions | None = None
     labels: tuple[LabelRule, ...] = ()

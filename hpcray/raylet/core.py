@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from hpcray import payload
 from hpcray.exceptions import InternalError
+from hpcray.gcs.policies import matches
 from hpcray.ids import client_prefix, object_id, task_of
 from hpcray.observe.statistics import Traffic
 from hpcray.protocol import messages as m
@@ -318,22 +319,52 @@ class RayletCore:
         messages.append(m.DefineTemplate(identifier, template))
         return messages
 
+    def suits(self, template: m.Template) -> bool:
+        """Whether this node is one of those that a class asks for; of a preference, whether nobody can have a better one."""
+        me = self.nodes[self.rank]
+        if not matches(template.labels, me.labels):
+            return False
+        if self.is_alone and (template.node is None or template.node_is_soft):
+            return True
+        return template.node in (None, self.rank) and matches(template.liked_labels, me.labels)
+
+    def why_never(self, template: m.Template) -> str:
+        """Why a class that is bound to one node can never run, as a sentence for people; empty if it is not, or can."""
+        if template.node is None or template.node_is_soft:
+            return ""
+        bound = f"{template.name} is bound to a node by NodeAffinitySchedulingStrategy(soft=False)"
+        if not 0 <= template.node < len(self.nodes):
+            return f"{bound}, but there is no such node in this job. Take one of hpcray.nodes(), or soft=True"
+        node = self.nodes[template.node]
+        shape = _asked(template)
+        if not _has(node, shape):
+            most = {name: node.resources.get(name, 0) for name in shape}
+            return f"{bound} that has {as_floats(most)} in all, but needs {as_floats(shape)}. Ask for less, or take soft=True"
+        if not matches(template.labels, node.labels):
+            return f"{bound} that has not the labels that it asks for, too"
+        return ""
+
     def warn_if_infeasible(self, template: m.Template) -> None:
         """Tell drivers, once per class, of a demand that no node of the job can ever meet."""
         if template.group:
             return  # its bundles were checked when it was called
-        shape = template.actor.placement if template.actor and template.actor.placement else template.resources
-        if any(all(node.resources.get(k, 0) >= v for k, v in shape.items()) for node in self.nodes):
+        shape = _asked(template)
+        labelled = [node for node in self.nodes if matches(template.labels, node.labels)]
+        if any(_has(node, shape) for node in labelled):
             return
-        key = template.function + repr(sorted(shape.items())).encode()
+        key = template.function + repr((sorted(shape.items()), template.labels)).encode()
         if key not in self._warned:
             self._warned.add(key)
-            most = {name: max(n.resources.get(name, 0) for n in self.nodes) for name in shape}
-            text = (
-                f"{template.name} needs {as_floats(shape)}, but no node of this job has more than {as_floats(most)}: "
-                "it will wait for ever. Ask for less, or give the job more (e.g. --num-cpus, --resources)."
+            most = {name: max((n.resources.get(name, 0) for n in labelled), default=0) for name in shape}
+            if labelled:
+                kind = "with the labels that it asks for " if template.labels else "of this job "
+                why = f"needs {as_floats(shape)}, but no node {kind}has more than {as_floats(most)}"
+            else:
+                why = "asks for labels that no node of this job has"
+            self.notify(
+                f"{template.name} {why}: it will wait for ever. Ask for less, or give the job more (e.g. --num-cpus, "
+                "--resources, --labels)."
             )
-            self.notify(text)
 
     def notify(self, text: str) -> None:
         """Show a line to the users of all drivers."""
@@ -914,6 +945,14 @@ class RayletCore:
                 raise InternalError(
                     f"rank {self.rank}: {count} clients hold {identifier.hex()}, which the table disputes"
                 )
+
+
+def _asked(template: m.Template) -> Shape:
+    return template.actor.placement if template.actor and template.actor.placement else template.resources
+
+
+def _has(node: NodeInfo, shape: Shape) -> bool:
+    return all(node.resources.get(name, 0) >= amount for name, amount in shape.items())
 
 
 def _offers_more(load: m.Load, reported: m.Load) -> bool:

@@ -39,6 +39,8 @@ class TasksOut(Protocol):
     def push_definitions(self, rank: int, template: bytes) -> None: ...
     def template(self, identifier: bytes) -> m.Template: ...
     def count_arrival(self, template: bytes) -> None: ...
+    def suits(self, template: m.Template) -> bool: ...
+    def why_never(self, template: m.Template) -> str: ...
     def warn_if_infeasible(self, template: m.Template) -> None: ...
     def watch_group(self, group: bytes) -> bool: ...
 
@@ -127,6 +129,9 @@ class Tasks:
             if template.group and not self._out.watch_group(template.group):
                 self._fail(task, payload.group_removed(template.group, template.name))
                 return
+            if why := self._out.why_never(template):
+                self._fail(task, payload.system_error("TaskUnschedulableError", f"The task is not schedulable: {why}"))
+                return
             queue = self.queues[task.template] = deque()
             if task.template not in self._looked_at:
                 self._looked_at.add(task.template)
@@ -146,7 +151,7 @@ class Tasks:
         for identifier in list(self.queues):
             queue = self.queues[identifier]
             template = self._out.template(identifier)
-            if self._may_stay(template):
+            if self.may_stay(template):
                 room = self._pool.room(identifier)
                 if room == 0 and identifier not in self._pool.leases and self._pool.ledger.could_fit(template):
                     left_waiting.add(identifier)
@@ -170,10 +175,9 @@ class Tasks:
             # Those that found nothing go first next time: what the others' leases give back is theirs.
             self.queues = dict(sorted(self.queues.items(), key=lambda item: item[0] not in left_waiting))
 
-    def _may_stay(self, template: m.Template) -> bool:
-        if self._out.is_alone and (template.node is None or template.node_is_soft):
-            return True  # nobody else could be asked
-        return not template.spread and template.node in (None, self._out.rank)
+    def may_stay(self, template: m.Template) -> bool:
+        """Whether tasks of this class may run here without the GCS having been asked."""
+        return (not template.spread or self._out.is_alone) and self._out.suits(template)
 
     def on_grant(self, grant: m.Grant) -> None:
         queue = self.queues.get(grant.template)
