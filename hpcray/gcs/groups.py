@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from hpcray import payload
 from hpcray.gcs.policies import bundles_could_fit, bundles_why_not, largest_first, place_bundles
 from hpcray.gcs.views import NodeView
+from hpcray.observe.findings import Finding
 from hpcray.protocol import messages as m
 from hpcray.resources import Shape, as_floats
 
@@ -257,11 +258,31 @@ class PlacementGroups:
             "stats": {"scheduling_state": "FINISHED" if group.state == CREATED else "PENDING"},
         }
 
+    @staticmethod
+    def name_of(group: Group) -> str:
+        """For people."""
+        return group.spec.name or group.id.hex()
+
+    def explain(self, asked: str) -> list[Finding]:
+        """Groups of this name or id, and why they wait."""
+        findings = []
+        for group in self.groups.values():
+            if asked and asked in (group.spec.name, group.id.hex()):
+                story = f"({group.spec.strategy}) is {group.state}"
+                if ranks := sorted(set(group.placed.values())):
+                    story += f" on {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks))}"
+                if reason := self.why_waiting(group):
+                    story += f":\n{reason}\n"
+                findings.append(
+                    Finding("placement group", group.id.hex(), f"placement group {group.spec.name}".strip(), 0, story)
+                )
+        return findings
+
     def why_waiting(self, group: Group) -> str:
         """Why a group has no place, in words; empty if it has one."""
         if group.id not in self._waiting:
             return "" if not group.asked else "its bundles are being reserved"
-        spec, nodes = group.spec, list(self._nodes.values())
+        spec, nodes = group.spec, [node.as_if_placed() for node in self._nodes.values()]
         return bundles_why_not(spec.bundles, spec.strategy, nodes, labels=spec.labels)
 
     def is_infeasible(self, group: Group) -> bool:

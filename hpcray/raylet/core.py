@@ -24,11 +24,13 @@ from typing import Any, Protocol
 from hpcray import payload
 from hpcray.exceptions import InternalError
 from hpcray.ids import client_prefix, object_id, task_of
+from hpcray.observe.findings import Finding
 from hpcray.observe.statistics import Traffic
 from hpcray.protocol import messages as m
 from hpcray.raylet.actors import HostedActors
 from hpcray.raylet.calls import Calls
 from hpcray.raylet.clients import Client, Work, Worker
+from hpcray.raylet.explaining import explain
 from hpcray.raylet.groups import Groups
 from hpcray.raylet.lanes import Key, Lanes
 from hpcray.raylet.ledger import Ledger
@@ -74,6 +76,7 @@ class GcsHere(Protocol):
     def is_waiting_for_room(self) -> bool: ...
     def on_message(self, rank: int, message: m.PeerMessage) -> None: ...
     def end_turn(self, now: float) -> None: ...
+    def explain(self, asked: str) -> list[Finding]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -792,6 +795,10 @@ class RayletCore:
 
     def _on_told(self, rank: int, message: m.Told) -> None:
         self.answer(message.client, m.Answer(message.number, message.ok, message.payload))
+
+    def explain(self, asked: str) -> list[Finding]:
+        """What is known here of something that a user asks about; on rank 0, the GCS's knowledge included."""
+        return explain(self, asked) + (self.gcs.explain(asked) if self.gcs is not None else [])
 
     def answer(self, client: int, answer: m.Answer) -> None:
         """Bring a client the answer to its query, if it still lives."""
