@@ -138,7 +138,7 @@ class Actors:
             record.rank = rank
             record.incarnation += 1
             self._living[rank] = self._living.get(rank, 0) + 1
-            self._nodes[rank].placing[identifier] = spec.resources
+            self._nodes[rank].placing[identifier] = [spec.resources]
             self._out.send(home_of(identifier), m.PlaceActor(identifier, record.incarnation, rank))
 
     def _choose(self, spec: m.Template) -> int | None:

@@ -46,7 +46,7 @@ class GcsCore:
         self._template = template
         self._out = out
         self.views = {
-            node.rank: NodeView(node.rank, node.resources, host=node.machine, labels=node.labels, switch=node.switch)
+            node.rank: NodeView(node.rank, node.resources, host=node.host, labels=node.labels, switch=node.switch)
             for node in nodes
         }
         self.groups = PlacementGroups(self.views, out)

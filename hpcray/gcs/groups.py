@@ -222,7 +222,7 @@ class PlacementGroups:
             group.asked[rank] = list(bundles)
             for index in bundles:
                 group.placed[index] = rank
-            self._nodes[rank].placing[group.id] = _together(bundles.values())
+            self._nodes[rank].placing[group.id] = list(bundles.values())
         for rank, bundles in wanted.items():
             self._out.send(rank, m.ReserveBundles(group.id, bundles))
 
@@ -271,11 +271,9 @@ class PlacementGroups:
                 story = f"({group.spec.strategy}) is {group.state}"
                 if ranks := sorted(set(group.placed.values())):
                     story += f" on {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks))}"
-                if reason := self.why_waiting(group):
-                    story += f":\n{reason}\n"
-                findings.append(
-                    Finding("placement group", group.id.hex(), f"placement group {group.spec.name}".strip(), 0, story)
-                )
+                name = f"placement group {group.spec.name}".strip()
+                why = self.why_waiting(group)
+                findings.append(Finding("placement group", group.id.hex(), name, 0, story, why=why))
         return findings
 
     def why_waiting(self, group: Group) -> str:
@@ -289,11 +287,3 @@ class PlacementGroups:
         """Whether it could not be placed if nothing else ran."""
         spec, nodes = group.spec, list(self._nodes.values())
         return not bundles_could_fit(spec.bundles, spec.strategy, nodes, labels=spec.labels)
-
-
-def _together(shapes: Any) -> Shape:
-    total: Shape = {}
-    for shape in shapes:
-        for name, amount in shape.items():
-            total[name] = total.get(name, 0) + amount
-    return total

@@ -56,7 +56,7 @@ def explain(client: Client, asked: str) -> list[str]:
             findings = [f for f in findings if f.kind != "object" or f.story.startswith("it exists")] or findings
         reasons = _reasons(client, findings)
         for finding in findings:
-            lines += _lines(finding, reasons.get(finding.waiting, ""), depth)
+            lines += _lines(finding, finding.why or reasons.get(finding.waiting, ""), depth)
             steps += [(other, depth + 1) for other in reversed(finding.others)]
     return lines
 
