@@ -101,6 +101,10 @@ class Template(msgspec.Struct, array_like=True):
     node: int | None = None
     node_is_soft: bool = False
     actor: ActorOptions | None = None
+    environment: bytes = b""
+    """Id of the definition that holds the runtime environment; empty without one."""
+    packages: list[bytes] = []
+    """Ids of the definitions that hold what the environment has workers unpack."""
 
 
 # -------------------------------------------------------------------------------------------------------- client → raylet
@@ -259,6 +263,12 @@ class ActorReady(Message, tag=20):
 
     actor: bytes
     error: bytes | None
+
+
+class SetupFailed(Message, tag=28):
+    """The worker cannot be set up with the environment of its first work, and ends: the payload of the error."""
+
+    error: bytes
 
 
 class Unblocked(Message, tag=21):
@@ -827,7 +837,7 @@ class JobConfig(msgspec.Struct):
 ClientMessage: TypeAlias = (
     RegisterDriver | StopJob | Define | DefineTemplate | Submit | CreateActor | Call | Get | StopGetting | Watch | PutInline
     | Reserve | Seal | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady | Unblocked | Kill
-    | Query | OpenLane | CloseLane | LaneDone | LaneIdle
+    | Query | OpenLane | CloseLane | LaneDone | LaneIdle | SetupFailed
 )  # fmt: skip
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed

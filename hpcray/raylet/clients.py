@@ -42,12 +42,14 @@ class Client:
 class Worker:
     """A worker process of the pool, as the scheduler of this raylet sees it."""
 
-    __slots__ = ("actor", "client", "is_blocked", "is_lent", "job", "lease_since", "tasks", "template")
+    __slots__ = ("actor", "client", "environment", "is_blocked", "is_lent", "job", "lease_since", "tasks", "template")
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.job = b""
         """The job whose code it has imported; it serves no other."""
+        self.environment = b""
+        """The runtime environment that it has entered, likewise, or will before its first work."""
         self.template: bytes | None = None
         """The scheduling class that it is leased to."""
         self.tasks: dict[bytes, Work] = {}

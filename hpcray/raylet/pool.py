@@ -180,21 +180,23 @@ class Pool:
         return True
 
     def _open_lease(self, template: bytes, spec: m.Template, now: float) -> Worker:
-        worker = self._idle_worker(spec.job)
+        worker = self._idle_worker(spec.job, spec.environment)
         self.ledger.acquire(spec.resources)
         worker.template = template
         worker.lease_since = now
         self.leases.setdefault(template, []).append(worker)
         return worker
 
-    def _idle_worker(self, job: bytes) -> Worker:
+    def _idle_worker(self, job: bytes, environment: bytes) -> Worker:
+        fresh = None
         for index in range(len(self.idle) - 1, -1, -1):
-            if self.idle[index].job in (b"", job):
-                worker = self.idle.pop(index)
-                break
-        else:
-            worker = self._out.spawn_worker()
-        worker.job = job
+            worker = self.idle[index]
+            if worker.job == job and worker.environment == environment:
+                return self.idle.pop(index)
+            if not worker.job and fresh is None:
+                fresh = index
+        worker = self._out.spawn_worker() if fresh is None else self.idle.pop(fresh)
+        worker.job, worker.environment = job, environment
         return worker
 
     def has_slot(self, template: bytes) -> bool:
@@ -279,10 +281,10 @@ class Pool:
         if worker.tasks or worker.template is None or worker.actor is not None or worker.is_lent:
             return
         self._close_lease(worker)
-        if len(self.idle) < self.keep_idle:
-            self.idle.append(worker)
-        else:
-            self._out.retire_worker(worker)
+        self.idle.append(worker)
+        if len(self.idle) > self.keep_idle:
+            # The one that was of no use for longest: others may be of jobs or environments that nobody asks for any more.
+            self._out.retire_worker(self.idle.pop(0))
 
     def _close_lease(self, worker: Worker) -> None:
         assert worker.template is not None
