@@ -1,8 +1,8 @@
 """Virtual environments with the packages that `pip` or `uv` install, one per content, host and user.
 
     <key>                    a link to the directory that is finished; put there by one system call
-    <key>.<host>.<random>/   the directory. It is built where it stays: the scripts in it name it
-    <key>.lock               locked alone while somebody builds, together with others by all who use it
+    <key>.<host>.<random>/   the directory. It is built where it stays: the scripts in it name it. Locked by all who use it
+    <key>.lock               locked by whoever builds, or looks whether it is built
     <key>.failed             why the last attempt failed; believed for `FAILURE_SECONDS`
 
 What a kill -9 leaves is a directory without a link and without a lock: whoever builds next removes it. Where locks do not
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,16 +106,13 @@ def find_or_build(cache: Path, request: Request) -> VirtualEnvironment:
     key = request.key
     lock = os.open(cache / f"{key}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        if (path := _finished(cache, key)) is None:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if (path := _finished(cache, key)) is None:
-                path = _build_or_fail(cache, key, request)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-        return VirtualEnvironment(path, lock)
-    except BaseException:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = _finished(cache, key) or _build_or_fail(cache, key, request)
+        in_use = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(in_use, fcntl.LOCK_SH)
+        return VirtualEnvironment(path, in_use)
+    finally:
         os.close(lock)
-        raise
 
 
 def _finished(cache: Path, key: str) -> Path | None:
@@ -166,23 +163,29 @@ def _remove_unfinished(cache: Path, key: str) -> None:
     finished = link.resolve() if link.exists() else None
     for path in cache.glob(f"{key}.{_host()}.*"):
         if path.resolve() != finished:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError), _locked(path):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_unused(cache: Path) -> None:
-    for lock_path in cache.glob("*.lock"):
-        key = lock_path.stem
-        link = cache / key
-        with contextlib.suppress(OSError):
-            if link.exists() and time.time() - link.stat().st_mtime < UNUSED_SECONDS:
-                continue
-            lock = os.open(lock_path, os.O_RDWR)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # also fails on the one that is being built
-                link.unlink(missing_ok=True)
-                _remove_unfinished(cache, key)
-            finally:
-                os.close(lock)
+    for lock in cache.glob("*.lock"):
+        link = cache / lock.stem
+        with contextlib.suppress(OSError), _locked(lock):  # not the one that is being built
+            if link.exists() and time.time() - link.stat().st_mtime > UNUSED_SECONDS:
+                with _locked(link):
+                    link.unlink()
+            _remove_unfinished(cache, lock.stem)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone with a file or directory, or BlockingIOError."""
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
 
 
 # ------------------------------------------------------------------------------------------------------------- installing

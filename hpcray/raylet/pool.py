@@ -281,10 +281,15 @@ class Pool:
         if worker.tasks or worker.template is None or worker.actor is not None or worker.is_lent:
             return
         self._close_lease(worker)
+        if len(self.idle) >= self.keep_idle:
+            kind = (worker.job, worker.environment)
+            # Rather one of a job or environment that was not asked for of late: to set up another like this costs more.
+            other = next((w for w in self.idle if (w.job, w.environment) != kind), worker)
+            self._out.retire_worker(other)
+            if other is worker:
+                return
+            self.idle.remove(other)
         self.idle.append(worker)
-        if len(self.idle) > self.keep_idle:
-            # The one that was of no use for longest: others may be of jobs or environments that nobody asks for any more.
-            self._out.retire_worker(self.idle.pop(0))
 
     def _close_lease(self, worker: Worker) -> None:
         assert worker.template is not None
