@@ -92,8 +92,10 @@ class Setup:
             try:
                 wheel = new / name
                 wheel.write_bytes(self._blobs[identifier])
-                venvs.install_wheel(wheel, new / "packages", self.env)
-                publish(new / "packages", target)
+                installed = new / "packages"
+                installed.mkdir()
+                venvs.install_wheel(wheel, installed, self.env)
+                publish(installed, target)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
         return str(target)
