@@ -1,19 +1,21 @@
 """Where runtime environments lie on a host, and who removes what.
 
-    <root>/venvs/…                 virtual environments; they outlive jobs (`venvs.py`)
-    <root>/jobs/<token>/<package>  unpacked packages, one copy for all workers of a rank
+    <root>/venvs/…                        virtual environments; they outlive jobs (`venvs.py`)
+    <root>/jobs/<host>.<token>/<package>  unpacked packages, one copy for all workers of a rank
 
 `<root>` is $HPCRAY_ENV_DIR, or a directory of this user's in $SLURM_TMPDIR, $TMPDIR or /tmp: local to the node, since a virtual
 environment is thousands of small files that each worker reads (a parallel file system has one server for the names of all),
 since locks on files may mean nothing between hosts there, and since a home directory has a quota.
 
 A job's directory is removed by the rank's fork server, which outlives all workers. Should that be killed too, the next job on
-the host finds the directory unlocked: each worker that uses it holds a shared lock, which dies with it.
+the host finds the directory unlocked: each worker that uses it holds a shared lock, which dies with it. What is of another
+host is left alone, since its locks may not be seen here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -26,14 +28,14 @@ from pathlib import Path
 from hpcray import config
 from hpcray.environments.packages import unpack
 
-_TOKEN = secrets.token_hex(8)
+_TOKEN = f"{os.uname().nodename}.{secrets.token_hex(8)}"
 """Made where this module is first imported: in a rank's fork server, whose workers share it, as they are its forks."""
 
 
 def root_directory(env: Mapping[str, str] = os.environ) -> Path:
     """The directory of this user's environments on this host, which may not exist yet."""
     if chosen := config.load(env).env_dir:
-        return Path(chosen)
+        return Path(chosen).resolve()
     parent = env.get("SLURM_TMPDIR") or env.get("TMPDIR") or tempfile.gettempdir()
     return Path(parent) / f"hpcray-{os.getuid()}"
 
@@ -49,8 +51,8 @@ def private_directory(path: Path) -> Path:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise PermissionError(
-            f"{path} is not a directory that only you can write to: workers would run what others put there. Have it removed, or "
-            "name another by HPCRAY_ENV_DIR"
+            f"{path} is not a directory that only you can write to: workers would run what others put there. If it is yours, "
+            "'chmod go-w' it; else name another by HPCRAY_ENV_DIR"
         )
     return path
 
@@ -69,7 +71,7 @@ def job_directory() -> tuple[Path, int]:
         path.mkdir(mode=0o700, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            lock_if_possible(lock, fcntl.LOCK_SH)
             # Whoever removes what is left over may have been faster.
             if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
                 return path, lock
@@ -77,7 +79,7 @@ def job_directory() -> tuple[Path, int]:
 
 
 def _remove_unused(jobs: Path) -> None:
-    for path in jobs.iterdir():
+    for path in jobs.glob(f"{os.uname().nodename}.*"):
         with contextlib.suppress(OSError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -85,6 +87,15 @@ def _remove_unused(jobs: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def lock_if_possible(descriptor: int, operation: int) -> None:
+    """As `fcntl.flock`; but on a file system that has no locks, what they guard goes without (nothing is removed then)."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
 
 
 def remove_job_directory() -> None:

@@ -29,6 +29,7 @@ from typing import Any
 import msgspec
 
 import hpcray
+from hpcray.environments.places import lock_if_possible
 from hpcray.exceptions import RuntimeEnvSetupError
 from hpcray.raylet.descendants import die_with
 
@@ -106,10 +107,10 @@ def find_or_build(cache: Path, request: Request) -> VirtualEnvironment:
     key = request.key
     lock = os.open(cache / f"{key}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_if_possible(lock, fcntl.LOCK_EX)
         path = _finished(cache, key) or _build_or_fail(cache, key, request)
         in_use = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(in_use, fcntl.LOCK_SH)
+        lock_if_possible(in_use, fcntl.LOCK_SH)
         return VirtualEnvironment(path, in_use)
     finally:
         os.close(lock)
