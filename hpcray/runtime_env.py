@@ -23,6 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+MAX_PACKAGES = 256 << 20
+"""Bytes that the directories and files of one environment may have: they travel in messages."""
 SETUP_TIMEOUT = 600
 """Seconds. Ray's default."""
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from stat import S_IMODE
 
 from hpcray.environments.ignore import Patterns
+from hpcray.runtime_env import MAX_PACKAGES
 
-MAX_PACKAGES = 256 << 20
-"""Bytes that the packages of one environment may have: they travel in messages."""
 DEFAULT_EXCLUDES = (".git", ".venv", "venv", "__pycache__")
 """Ray's."""
 _IGNORE_FILES = (".gitignore", ".rayignore")

@@ -18,7 +18,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 import stat
 import tempfile
@@ -26,9 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpcray import config
-from hpcray.environments.packages import unpack
 
-_TOKEN = f"{os.uname().nodename}.{secrets.token_hex(8)}"
+_TOKEN = f"{os.uname().nodename}.{os.urandom(8).hex()}"
 """Made where this module is first imported: in a rank's fork server, whose workers share it, as they are its forks."""
 
 
@@ -111,6 +109,8 @@ def unpacked(directory: Path, identifier: bytes, data: bytes) -> Path:
         ValueError: Not a zip archive.
         OSError: The files cannot be written.
     """
+    from hpcray.environments.packages import unpack  # not in fork servers, which import this module
+
     target = directory / identifier.hex()
     if not target.exists():
         new = Path(tempfile.mkdtemp(dir=directory))

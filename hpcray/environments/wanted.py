@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hpcray.environments.packages import MAX_PACKAGES, pack
-from hpcray.runtime_env import merge, package_uri, packages_of, parse_package_uri
+from hpcray.runtime_env import MAX_PACKAGES, merge, package_uri, packages_of, parse_package_uri
 from hpcray.worker.functions import content_id
 
 if TYPE_CHECKING:
@@ -105,6 +104,8 @@ class Environments:
             return path
         key = (path, excludes, as_module)
         if key not in self._packed:
+            from hpcray.environments.packages import pack  # most programs do without
+
             name, data = pack(Path(path), excludes, as_module=as_module)
             identifier = content_id(data)
             client.define(identifier, data)

@@ -7,7 +7,6 @@ import os
 import socket
 
 from hpcray.client import Client, EnvironmentAsked, set_client
-from hpcray.environments.entering import enter, failure
 from hpcray.exceptions import RaySystemError
 from hpcray.protocol import messages as m
 from hpcray.worker import output
@@ -47,6 +46,8 @@ def serve(client: Client) -> None:
                 break
             executor.run(inbox.popleft())
     except EnvironmentAsked as asked:
+        from hpcray.environments.entering import enter, failure  # most workers do without
+
         try:
             enter(client, asked.template)
         except Exception as error:
