@@ -23,7 +23,7 @@ import msgspec
 from hpcray import payload
 from hpcray.client import Client
 from hpcray.environments import venvs
-from hpcray.environments.places import job_directory, private_directory, publish, root_directory, unpacked
+from hpcray.environments.places import HOST, job_directory, private_directory, publish, root_directory, unpacked
 from hpcray.environments.wanted import Environment
 from hpcray.exceptions import RuntimeEnvSetupError
 from hpcray.protocol import messages as m
@@ -166,10 +166,9 @@ def enter(client: Client, template: m.Template) -> None:
 
 def failure(error: Exception) -> bytes:
     """The payload of what tasks and actors get whose environment could not be entered."""
-    if isinstance(error, RuntimeEnvSetupError):
-        text = error.error_message or ""
-    else:
-        text = f"On {os.uname().nodename}: {type(error).__name__}: {error}"
+    text = f"On {HOST}: {type(error).__name__}: {error}"
+    if isinstance(error, RuntimeEnvSetupError) and error.error_message:
+        text = error.error_message
     return payload.system_error("RuntimeEnvSetupError", text)
 
 

@@ -21,12 +21,13 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hpcray import config
 
-_TOKEN = f"{os.uname().nodename}.{os.urandom(8).hex()}"
+HOST = os.uname().nodename
+_TOKEN = f"{HOST}.{os.urandom(8).hex()}"
 """Made where this module is first imported: in a rank's fork server, whose workers share it, as they are its forks."""
 
 
@@ -77,14 +78,24 @@ def job_directory() -> tuple[Path, int]:
 
 
 def _remove_unused(jobs: Path) -> None:
-    for path in jobs.glob(f"{os.uname().nodename}.*"):
-        with contextlib.suppress(OSError):
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
+    for path in jobs.glob(f"{HOST}.*"):
+        with contextlib.suppress(OSError), locked(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone with a file or directory.
+
+    Raises:
+        OSError: Others use it, or there are no locks.
+    """
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
 
 
 def lock_if_possible(descriptor: int, operation: int) -> None:
@@ -96,10 +107,21 @@ def lock_if_possible(descriptor: int, operation: int) -> None:
             raise
 
 
-def remove_job_directory() -> None:
-    """In the fork server, when all workers have ended. Never raises."""
+def unfinished(cache: Path, key: str = "*") -> list[Path]:
+    """Directories of virtual environments that builders of this host have begun, and that no link names (see `venvs.py`)."""
+    linked = {path.readlink().name for path in cache.iterdir() if path.is_symlink()}
+    return [path for path in cache.glob(f"{key}.{HOST}.*") if path.name not in linked]
+
+
+def clean_up() -> None:
+    """In the fork server, when all workers have ended: remove what they unpacked and did not finish building. Never raises."""
     with contextlib.suppress(OSError, ValueError):
-        shutil.rmtree(root_directory() / "jobs" / _TOKEN, ignore_errors=True)
+        root = root_directory()
+        shutil.rmtree(root / "jobs" / _TOKEN, ignore_errors=True)
+        cache = root / "venvs"
+        for path in unfinished(cache):
+            with contextlib.suppress(OSError), locked(cache / f"{path.name.partition('.')[0]}.lock"), locked(path):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def unpacked(directory: Path, identifier: bytes, data: bytes) -> Path:

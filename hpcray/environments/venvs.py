@@ -5,7 +5,7 @@
     <key>.lock               locked by whoever builds, or looks whether it is built
     <key>.failed             why the last attempt failed; believed for `FAILURE_SECONDS`
 
-What a kill -9 leaves is a directory without a link and without a lock: whoever builds next removes it. Where locks do not
+What a kill -9 leaves is a directory without a link and without a lock: the job's fork server removes it, or whoever builds next. Where locks do not
 reach other hosts (some shared file systems), two hosts may build at a time: the first link stays, both directories are whole.
 """
 
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import msgspec
 
 import hpcray
-from hpcray.environments.places import lock_if_possible
+from hpcray.environments.places import HOST, lock_if_possible, locked, unfinished
 from hpcray.exceptions import RuntimeEnvSetupError
 from hpcray.raylet.descendants import die_with
 
@@ -133,7 +133,7 @@ def _build_or_fail(cache: Path, key: str, request: Request) -> Path:
             raise RuntimeEnvSetupError(failure.read_text())
     _remove_unfinished(cache, key)
     _remove_unused(cache)
-    path = Path(tempfile.mkdtemp(prefix=f"{key}.{_host()}.", dir=cache))
+    path = Path(tempfile.mkdtemp(prefix=f"{key}.{HOST}.", dir=cache))
     try:
         _build(path, request)
         failure.unlink(missing_ok=True)
@@ -160,33 +160,19 @@ def _publish(cache: Path, key: str, path: Path) -> Path:
 
 def _remove_unfinished(cache: Path, key: str) -> None:
     """With the key's lock held: what was left by builders of this host that were killed."""
-    link = cache / key
-    finished = link.resolve() if link.exists() else None
-    for path in cache.glob(f"{key}.{_host()}.*"):
-        if path.resolve() != finished:
-            with contextlib.suppress(OSError), _locked(path):
-                shutil.rmtree(path, ignore_errors=True)
+    for path in unfinished(cache, key):
+        with contextlib.suppress(OSError), locked(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_unused(cache: Path) -> None:
     for lock in cache.glob("*.lock"):
         link = cache / lock.stem
-        with contextlib.suppress(OSError), _locked(lock):  # not the one that is being built
+        with contextlib.suppress(OSError), locked(lock):  # not the one that is being built
             if link.exists() and time.time() - link.stat().st_mtime > UNUSED_SECONDS:
-                with _locked(link):
+                with locked(link):
                     link.unlink()
             _remove_unfinished(cache, lock.stem)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone with a file or directory, or BlockingIOError."""
-    lock = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(lock)
 
 
 # ------------------------------------------------------------------------------------------------------------- installing
@@ -236,7 +222,7 @@ def _install_by_uv(path: Path, spec: Mapping[str, Any], requirements: str, run: 
         uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if uv is None:
         raise RuntimeEnvSetupError(
-            f"the program uv was not found on {_host()}: install it on all hosts (pip install uv, in the job's environment), "
+            f"the program uv was not found on {HOST}: install it on all hosts (pip install uv, in the job's environment), "
             "or use 'pip' instead of 'uv' in the runtime_env"
         )
     options = spec.get("uv_pip_install_options", ["--no-cache"])
@@ -280,11 +266,7 @@ def _run(command: Sequence[str], cwd: Path, env: Mapping[str, str], deadline: fl
             return
         output, what = finished.stdout, f"failed with exit code {finished.returncode}"
     lines = "\n".join(f"    {line}" for line in output.strip().splitlines()[-LINES_SHOWN:])
-    raise RuntimeEnvSetupError(f"On {_host()}, '{' '.join(command)}' {what}. The last lines of its output:\n{lines}")
-
-
-def _host() -> str:
-    return os.uname().nodename
+    raise RuntimeEnvSetupError(f"On {HOST}, '{' '.join(command)}' {what}. The last lines of its output:\n{lines}")
 
 
 def _site_packages(path: Path) -> str:

@@ -33,7 +33,7 @@ from typing import NamedTuple, NoReturn
 
 import msgspec
 
-from hpcray.environments.places import remove_job_directory
+from hpcray.environments import places
 from hpcray.launcher.environment import DRIVER_SOCKET, THREAD_VARIABLES, driver_socket_value
 from hpcray.raylet.descendants import (
     adopt_orphans,
@@ -181,7 +181,7 @@ class Server:
         """End every descendant, remove what they unpacked and what the rank's MPI has left. Blocks, mostly for milliseconds."""
         self._end_children()
         remove_mpi_leftovers(self._traces)
-        remove_job_directory()
+        places.clean_up()
 
     def _end_children(self) -> None:
         for pid in self._drivers:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpcray.environments import places
-from hpcray.environments.places import job_directory, private_directory, remove_job_directory, root_directory, unpacked
+from hpcray.environments.places import clean_up, job_directory, private_directory, root_directory, unpacked
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_what_nobody_uses_is_removed_and_what_somebody_uses_stays(root):
     assert path.exists()
     os.close(in_use)
     os.close(lock)
-    remove_job_directory()
+    clean_up()
     assert not path.exists()
 
 
@@ -78,4 +78,4 @@ def test_a_file_system_without_locks_will_do(root, monkeypatch):
     path, lock = job_directory()
     assert path.exists()
     os.close(lock)
-    remove_job_directory()
+    clean_up()

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hpcray.environments.places import unfinished
 from tests.process.wheels import make_wheel
 
 JOB = {"env_vars": {"FROM_JOB": "job", "BOTH": "job"}}
@@ -467,9 +468,11 @@ def test_the_end_of_the_job_ends_its_installers(own_root, own_init, wait_until, 
     own_init.init(num_cpus=1)
     slow = own_init.remote(runtime_env=hanging)(lambda: None).remote()
     wait_until(installers)
+    assert unfinished(own_root / "venvs")
     assert own_init.wait([slow], timeout=0)[0] == []
     own_init.shutdown()
     wait_until(lambda: not installers(), timeout=5)
+    wait_until(lambda: not unfinished(own_root / "venvs"))
 
 
 def _command(process):
