@@ -5,8 +5,9 @@
     <key>.lock               locked by whoever builds, or looks whether it is built
     <key>.failed             why the last attempt failed; believed for `FAILURE_SECONDS`
 
-What a kill -9 leaves is a directory without a link and without a lock: the job's fork server removes it, or whoever builds next. Where locks do not
-reach other hosts (some shared file systems), two hosts may build at a time: the first link stays, both directories are whole.
+What a kill -9 leaves is a directory without a link and without a lock: the job's fork server removes it, or whoever builds
+next. Where locks do not reach other hosts (some shared file systems), two hosts may build at a time: the first link stays,
+both directories are whole.
 """
 
 from __future__ import annotations
