@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,12 @@ import msgspec
 
 import hpcray
 from hpcray import ids, payload
+from hpcray.environments.wanted import Environments
 from hpcray.exceptions import GetTimeoutError, RaySystemError
 from hpcray.lanes import CallerLanes
 from hpcray.object_ref import ObjectRef, adopt_for, counted
 from hpcray.protocol import messages as m
-from hpcray.protocol.codec import LENGTH_SIZE, decode_from_raylet, split_stream, stream_frame
+from hpcray.protocol.codec import LENGTH_SIZE, decode_from_raylet, prefixed, split_stream, stream_frame
 from hpcray.store.arena import Arena
 from hpcray.worker.lanes import ServedLanes
 from hpcray.worker.serialization import Serialized, deserialize, load_error
@@ -64,6 +65,14 @@ def _count_generation() -> None:
 
 
 os.register_at_fork(after_in_child=_count_generation)
+
+
+class EnvironmentAsked(Exception):
+    """In workers: the first work is of a runtime environment, to be entered before anything else is looked at."""
+
+    def __init__(self, template: m.Template) -> None:
+        super().__init__(template.name)
+        self.template = template
 
 
 class _Stored:
@@ -96,6 +105,7 @@ class Client:
         self.namespace = ""
         self.inline_limit = 0
         self.prefix = b""
+        self.environments = Environments()
         self.templates: dict[bytes, m.Template] = {}
         self.blobs: dict[bytes, bytes] = {}
         self.inbox: deque[m.Run] = deque()
@@ -156,6 +166,9 @@ class Client:
         self._defined: set[bytes] = set()
         self._arenas: dict[int, Arena] = {}
         self._refusal: str | None = None
+        self._registered: m.Registered | None = None
+        self._unread = b""
+        """Frames that came after the one that had a runtime environment entered."""
         self._handlers: dict[type, Callable[[Any], None]] = {
             m.InlineObject: self._on_inline_object, m.StoredObject: self._on_stored_object, m.Run: self._on_run,
             m.Ready: self._on_ready, m.Reserved: self._on_reserved, m.ReserveFailed: self._on_reserve_failed,
@@ -679,8 +692,7 @@ class Client:
             self._dispatch(data[LENGTH_SIZE:])
             return
         buffer += data
-        for frame in split_stream(buffer):
-            self._dispatch(frame)
+        self._dispatch_all(split_stream(buffer))
 
     def _pump_all(self, seconds: float | None) -> None:
         raylet = False
@@ -705,8 +717,21 @@ class Client:
 
     def _dispatch(self, frame: bytes | memoryview) -> None:
         handlers = self._handlers
-        for message in decode_from_raylet(frame):
-            handlers[type(message)](message)
+        messages = iter(decode_from_raylet(frame))
+        try:
+            for message in messages:
+                handlers[type(message)](message)
+        except EnvironmentAsked:
+            self._unread = stream_frame(list(messages))
+            raise
+
+    def _dispatch_all(self, frames: list[bytes]) -> None:
+        for index, frame in enumerate(frames):
+            try:
+                self._dispatch(frame)
+            except EnvironmentAsked:
+                self._unread += b"".join(map(prefixed, frames[index + 1 :]))
+                raise
 
     def start_reader(self) -> None:
         """Have a thread read what comes while no other thread does."""
@@ -805,8 +830,11 @@ class Client:
 
     def _on_define_template(self, message: m.DefineTemplate) -> None:
         self.templates[message.id] = message.template
+        if message.template.environment != self.environments.present.id:
+            raise EnvironmentAsked(message.template)
 
     def _on_registered(self, message: m.Registered) -> None:
+        self._registered = message
         self.rank = message.rank
         self.host = message.host
         self.prefix = message.prefix
@@ -862,6 +890,33 @@ class Client:
 
     def _on_exit(self, message: m.Exit) -> None:
         self.exit_asked = True
+
+    # ---------------------------------------------------------------------------------------- another interpreter's turn
+    def hand_over(self, without: Collection[bytes]) -> tuple[bytes, list[int], int]:
+        """In a worker that has run nothing yet: what the one that takes its place has to be told.
+
+        Args:
+            without: Definitions that it does not need.
+
+        Returns:
+            Frames, the descriptors that go with them, and the socket's. All stay open here.
+        """
+        assert self._registered is not None
+        arenas = {self.rank: self._arenas[self.rank], **self._arenas}
+        known = [
+            self._registered,
+            *(m.MapArena(rank, arena.size) for rank, arena in arenas.items() if rank != self.rank),
+            *(m.Define(identifier, blob) for identifier, blob in self.blobs.items() if identifier not in without),
+            *(m.DefineTemplate(identifier, template) for identifier, template in self.templates.items()),
+        ]
+        descriptors = [*(arena.fd for arena in arenas.values()), *self._descriptors]
+        return stream_frame(known) + self._unread + bytes(self._buffer), descriptors, self._sock.fileno()
+
+    def resume(self, frames: bytes, descriptors: Iterable[int]) -> None:
+        """In the worker that takes another's place: the inverse of `hand_over`."""
+        self._descriptors.extend(descriptors)
+        self._buffer += frames
+        self._dispatch_all(split_stream(self._buffer))
 
     # ------------------------------------------------------------------------------------------------------------ end
     def drain_logs(self) -> None:

@@ -119,6 +119,10 @@ class Template(msgspec.Struct, array_like=True):
     """Which bundle of the group; -1: any."""
     captures: bool = False
     """What it submits runs in its group, too, unless told otherwise."""
+    environment: bytes = b""
+    """Id of the definition that holds the runtime environment; empty without one."""
+    packages: list[bytes] = []
+    """Ids of the definitions that hold what the environment has workers unpack."""
 
 
 # -------------------------------------------------------------------------------------------------------- client → raylet
@@ -281,6 +285,12 @@ class ActorReady(Message, tag=20):
     error: bytes | None
 
 
+class SetupFailed(Message, tag=28):
+    """The worker cannot be set up with the environment of its first work, and ends: the payload of the error."""
+
+    error: bytes
+
+
 class Unblocked(Message, tag=21):
     """A worker's `get` or `wait` returned to user code."""
 
@@ -330,7 +340,7 @@ class LaneIdle(Message, tag=27):
     lane: int
 
 
-class AwaitPlacementGroup(Message, tag=28):
+class AwaitPlacementGroup(Message, tag=29):
     """The sender's new object `id` comes to exist, with this payload, when the group does; with an error if it never will."""
 
     id: bytes
@@ -924,6 +934,7 @@ ClientMessage: TypeAlias = (
     RegisterDriver | StopJob | Define | DefineTemplate | Submit | CreateActor | Call | Get | StopGetting | Watch | PutInline
     | Reserve | Seal | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady | Unblocked | Kill
     | Query | OpenLane | CloseLane | LaneDone | LaneIdle | CreatePlacementGroup | RemovePlacementGroup | AwaitPlacementGroup
+    | SetupFailed
 )  # fmt: skip
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed

@@ -43,12 +43,16 @@ class Client:
 class Worker:
     """A worker process of the pool, as the scheduler of this raylet sees it."""
 
-    __slots__ = ("actor", "client", "holding", "is_blocked", "is_lent", "job", "lease_since", "tasks", "template")
+    __slots__ = (
+        "actor", "client", "environment", "holding", "is_blocked", "is_lent", "job", "lease_since", "tasks", "template",
+    )  # fmt: skip
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.job = b""
         """The job whose code it has imported; it serves no other."""
+        self.environment = b""
+        """The runtime environment that it has entered, likewise, or will before its first work."""
         self.template: bytes | None = None
         """The scheduling class that it is leased to."""
         self.holding: Holding | None = None

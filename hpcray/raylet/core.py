@@ -182,6 +182,7 @@ class RayletCore:
             m.CreatePlacementGroup: lambda _, x: self.to_gcs(x),
             m.RemovePlacementGroup: lambda _, x: self.groups.on_remove(x),
             m.AwaitPlacementGroup: self.groups.on_await,
+            m.SetupFailed: self._on_setup_failed,
         }  # fmt: skip
         self._from_peer: dict[type, Callable[[int, Any], None]] = {
             m.Execute: self._on_execute, m.ExecuteCall: self._on_execute_call, m.Finished: self._on_finished,
@@ -308,7 +309,10 @@ class RayletCore:
     def _definitions(self, identifier: bytes, known: set[bytes]) -> list[m.Define | m.DefineTemplate]:
         template = self.templates[identifier]
         messages: list[m.Define | m.DefineTemplate] = []
-        for blob in (template.job, template.function):
+        needed = [template.job, template.function]
+        if template.environment:
+            needed += [template.environment, *template.packages]
+        for blob in needed:
             if blob not in known:
                 known.add(blob)
                 messages.append(m.Define(blob, self.blobs[blob]))
@@ -759,6 +763,27 @@ class RayletCore:
         if client.worker is None:
             raise InternalError("a driver reported an actor")
         self.hosted.on_started(client.worker, message)
+
+    def _on_setup_failed(self, client: Client, message: m.SetupFailed) -> None:
+        # What it was given fails at once: another worker would fail likewise, and retries are for crashes.
+        worker = client.worker
+        if worker is None:
+            raise InternalError("a driver reported that it could not be set up")
+        for work in list(worker.tasks.values()):
+            if work.actor:
+                self.hosted.on_started(worker, m.ActorReady(work.actor, message.error))
+                continue
+            del worker.tasks[work.task]
+            self.pool.release_arguments(work)
+            results: list[m.Result] = [m.InlineResult(message.error, [])] * self.templates[work.template].num_returns
+            done = m.TaskDone(work.task, results, failed=True, retry=False, seconds=0.0)
+            if work.home == self.rank:
+                self._finish_here(client, work, done)
+            else:
+                self._finish_away(client, work, done)
+        self.lanes.on_worker_gone(worker, message.error)
+        self.on_client_gone(client, "its runtime environment could not be set up")
+        self._out.kill_client(client)
 
     # ------------------------------------------------------------------------------------------------ other peers' news
     def _on_borrow(self, rank: int, message: m.Borrow) -> None:

@@ -183,7 +183,7 @@ class Pool:
         return True
 
     def _open_lease(self, template: bytes, spec: m.Template, now: float) -> Worker:
-        worker = self._idle_worker(spec.job)
+        worker = self._idle_worker(spec.job, spec.environment)
         worker.holding = self.ledger.acquire(spec)
         worker.template = template
         worker.lease_since = now
@@ -192,14 +192,16 @@ class Pool:
             self._out.assign(worker, worker.holding.units)
         return worker
 
-    def _idle_worker(self, job: bytes) -> Worker:
+    def _idle_worker(self, job: bytes, environment: bytes) -> Worker:
+        fresh = None
         for index in range(len(self.idle) - 1, -1, -1):
-            if self.idle[index].job in (b"", job):
-                worker = self.idle.pop(index)
-                break
-        else:
-            worker = self._out.spawn_worker()
-        worker.job = job
+            worker = self.idle[index]
+            if worker.job == job and worker.environment == environment:
+                return self.idle.pop(index)
+            if not worker.job and fresh is None:
+                fresh = index
+        worker = self._out.spawn_worker() if fresh is None else self.idle.pop(fresh)
+        worker.job, worker.environment = job, environment
         return worker
 
     def has_slot(self, template: bytes) -> bool:
@@ -286,10 +288,18 @@ class Pool:
         # A program that has used a GPU keeps memory on it.
         has_units = bool(worker.holding and worker.holding.units)
         self._close_lease(worker)
-        if len(self.idle) < self.keep_idle and not has_units:
-            self.idle.append(worker)
-        else:
+        if has_units:
             self._out.retire_worker(worker)
+            return
+        if len(self.idle) >= self.keep_idle:
+            kind = (worker.job, worker.environment)
+            # Rather one of a job or environment that was not asked for of late: to set up another like this costs more.
+            other = next((w for w in self.idle if (w.job, w.environment) != kind), worker)
+            self._out.retire_worker(other)
+            if other is worker:
+                return
+            self.idle.remove(other)
+        self.idle.append(worker)
 
     def _close_lease(self, worker: Worker) -> None:
         assert worker.template is not None
