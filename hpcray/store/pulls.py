@@ -280,16 +280,16 @@ class Pulls:
         assert block is not None
         pull.block = None
         self.received_bytes += block.size
-        is_wanted = self._is_wanted(pull)
-        mappers, pull.mappers = pull.mappers, []
-        self._end(pull)
-        if not is_wanted:
+        if not self._is_wanted(pull):
+            self._end(pull)
             self._memory.abandon(block)
-            self._refuse(entry.id, mappers)
             return
+        mappers, pull.mappers = pull.mappers, []
+        # First this, as the next pulls start when this one ends, and who is told of them may let go of this object.
         entry.state = HERE
         entry.block = block
         self._add_copy(entry, mapped=False)
+        self._end(pull)
         self._receiver.on_arrived(entry)
         for mapper in mappers:
             self._server.on_map(entry.id, mapper)
@@ -344,9 +344,9 @@ class Pulls:
         entry.state = MAPPED
         entry.block = Block(message.id, source, message.offset, message.size)
         entry.size = message.size
+        self._add_copy(entry, mapped=True)
         if pull is not None and pull.is_mapping:
             self._end(pull)
-        self._add_copy(entry, mapped=True)
         self._receiver.on_arrived(entry)
 
     def _add_copy(self, entry: Entry, *, mapped: bool) -> None:
@@ -362,11 +362,8 @@ class Pulls:
 
     def _refuse_mappers(self, pull: Pull) -> None:
         mappers, pull.mappers = pull.mappers, []
-        self._refuse(pull.entry.id, mappers)
-
-    def _refuse(self, identifier: bytes, mappers: list[int]) -> None:
         for mapper in mappers:
-            self._out.send(mapper, m.PullFailed(identifier, 0, 0))
+            self._out.send(mapper, m.PullFailed(pull.entry.id, 0, 0))
 
     # ------------------------------------------------------------------------------------------------------------- loss
     def on_rank_lost(self, rank: int) -> None:

@@ -164,6 +164,8 @@ class ObjectTable:
 
     def on_arrived(self, entry: Entry) -> None:
         """The object can be read on this node."""
+        if self.entries.get(entry.id) is not entry:
+            return  # one of those who were told before that it exists has let go of it, as the last
         block = entry.block
         if block is not None:
             self.memory.pin(block)  # or it might make room for others before those who wait have looked at it

@@ -277,6 +277,36 @@ def test_the_view_of_an_argument_ends_with_the_task():
     assert cluster.workers
 
 
+def test_a_large_argument_of_a_task_that_has_failed_meanwhile_is_freed_once():
+    # x, y = fails.remote(), large.remote(); z = g.remote(x, y); del x, y           # another driver waits for the room
+    cluster = Cluster([2], arena_size=1 << 13)
+    driver, other = cluster.add_driver(), cluster.add_driver()
+    (y,) = driver.submit(cluster.template(driver, "large"))
+    cluster.run()
+    writer = cluster.worker_on(0)
+    (x,) = driver.submit(cluster.template(driver, "fails"))
+    cluster.run()
+    (failing,) = (worker for worker in cluster.running if worker is not writer)
+    (z,) = driver.submit(cluster.template(driver, "g"), [x, y])
+    driver.release([x, y])
+    cluster.run()
+    failing.finish(failed=True)
+    cluster.run()
+    writer.finish(large=True, size=6000)
+    cluster.deliver(("up", 0, writer.number))
+    first = other.put(size=4000, large=True)
+    cluster.deliver(("up", 0, other.number))
+    assert first not in cluster.ranks[0].core.table.entries, "it waits for room"
+    cluster.run()
+    second = other.put(size=4000, large=True)
+    cluster.run()
+    other.get([first, second])
+    driver.get([z])
+    cluster.run()
+    assert other.values.keys() == {first, second}
+    assert driver.errors.keys() == {z}
+
+
 def test_a_list_of_many_objects_that_hold_each_other_is_freed():
     # for _ in range(5000): ref = put([ref])
     cluster, driver = three_hosts()
@@ -521,6 +551,26 @@ def test_a_result_that_nobody_wants_any_more_is_let_go_of(table, out, kind):
         assert out.take() == [(FAR, m.Free([x]))]
     assert not table.entries
     assert table.memory.in_use == 0
+
+
+@pytest.mark.parametrize("kind", ["inline", "here", "away"])
+def test_an_object_whose_last_holder_lets_go_when_it_hears_of_it_is_freed_once(table, out, kind):
+    # g.remote(fails.remote(), x): when x exists, g has all its arguments, and fails at once
+    x = name(ME, 1)
+    table.references.create(x)
+    fetched = []
+    assert not table.when_exists(x, lambda: table.references.drop(x))
+    assert not table.when_local(x, fetched.append)
+    if kind == "inline":
+        table.set_inline(x, b"\0", [])
+    elif kind == "here":
+        table.set_here(x, write(table, x), [])
+    else:
+        table.set_away(x, FAR, 1024, [])
+    assert not table.entries
+    assert table.memory.in_use == 0
+    assert not out.receiving
+    assert [payload.describe_system_error(error)[0] for error in fetched] == ["ObjectLostError"]
 
 
 def test_memory_goes_back_when_the_last_view_is_gone(table):
