@@ -12,7 +12,7 @@ from hpcray import ids, payload
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import AWAY, GET, HERE, INLINE, MAPPED, Extent
+from hpcray.store.entry import AWAY, GET, HERE, INLINE, MAPPED, SPILLED, Extent
 from hpcray.store.memory import Block
 from hpcray.store.pulls import Done, Transfer
 from hpcray.store.table import ObjectTable
@@ -909,3 +909,64 @@ def test_what_is_larger_than_the_arena_is_refused_in_the_same_turn(table):
     told = ask(table, SIZE + 64)
     table.end_turn(0.0)
     assert told == [None]
+
+
+def test_a_refusal_that_makes_another_ask_in_vain_is_news(table):
+    told = []
+    for number in (1, 2):  # the second is asked for when the first has ended
+        need(table, name(FAR, number), [FAR], SIZE * 2)
+        assert not table.when_local(name(FAR, number), told.append)
+    table.end_turn(0.0)
+    assert len(told) == 1
+    assert table.memory.has_news
+    table.end_turn(0.0)
+    assert len(told) == 2
+    assert not table.memory.has_news
+
+
+def test_without_patience_who_asks_again_at_once_is_told_in_the_next_turn(out):
+    table = ObjectTable(ME, Allocator(0, SIZE), out, patience=0.0)
+    write(table, name(ME, 1), SIZE)
+    told = []
+
+    def ask_again(block: Block | None) -> None:
+        told.append(block)
+        table.memory.reserve(name(ME, 2), SIZE, ask_again)
+
+    ask_again(None)
+    table.end_turn(0.0)
+    assert told == [None]
+    table.end_turn(0.1)
+    assert told == [None, None]
+    table.end_turn(0.1)
+    assert told == [None, None]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_task_whose_argument_is_on_disk_runs_if_nothing_else_happens(ranks):
+    # The room for it is asked for at the end of the turn, when the task is dispatched.
+    cluster = Cluster([1] * ranks, arena_size=1 << 13, store_timeout=5.0)
+    driver = cluster.add_driver()
+    objects = []
+    for _ in range(8):
+        objects.append(driver.put(size=2000, large=True))
+        cluster.run()
+    entries = cluster.ranks[0].core.table.entries
+    spilled = next(i for i in objects if entries[i].state == SPILLED)
+    driver.submit(on(cluster, driver, 0), [spilled])
+    cluster.run()
+    assert cluster.running
+
+
+def test_two_results_that_are_larger_than_the_drivers_arena_are_two_errors():
+    cluster = Cluster([0, 1], arena_size=[1 << 12, 1 << 14])
+    driver = cluster.add_driver()
+    refs = []
+    for _ in range(2):
+        refs += driver.submit(on(cluster, driver, 1))
+        cluster.run()
+        cluster.worker_on(1).finish(large=True, size=5000)
+        cluster.run()
+    driver.get(refs)
+    cluster.run()
+    assert driver.errors.keys() == {*refs}
