@@ -6,7 +6,8 @@ Rules:
   2. So many bytes are on their way at a time (`budget`), but one object always may be. The more urgent ones do not wait for
      less urgent ones, and before they have all started, no less urgent one starts. A prefetch takes free memory only.
   3. A copy on this host is mapped, never moved. Else a rank that has it is asked for the bytes; it may name another rank, that
-     is receiving them from it (`on_redirected`). A source that fails is passed over; without any left, the home is asked.
+     is receiving them from it (`on_redirected`). A source that fails is passed over; without any left, the home is asked; but if
+     one of them has it on disk and no room for it, that is what those who wait are told.
   4. What has arrived of an object is sent on while the rest arrives (`Filling`), also when it goes on from another source.
      A receiver is fed only by who has the object or by who is fed itself by the rank that said so: never in a circle.
 """
@@ -71,8 +72,8 @@ class Receiver(Protocol):
     def on_arrived(self, entry: Entry) -> None:
         """The object can be read on this node."""
 
-    def on_no_room(self, entry: Entry) -> None:
-        """No room came for it."""
+    def on_no_room(self, entry: Entry, error: bytes = b"") -> None:
+        """No room came for it, here or (`error`) where it would have to be restored from disk."""
 
     def on_stranded(self, entry: Entry) -> None:
         """No rank that is known to have a copy has it any more."""
@@ -92,8 +93,8 @@ class Pull:
     """One object on its way here."""
 
     __slots__ = (
-        "block", "counted", "entry", "filling", "is_mapping", "mappers", "redirect", "source", "tag", "tried", "urgency",
-        "via",
+        "block", "counted", "entry", "filling", "is_mapping", "mappers", "no_room", "redirect", "source", "tag", "tried",
+        "urgency", "via",
     )  # fmt: skip
 
     def __init__(self, entry: Entry) -> None:
@@ -112,6 +113,8 @@ class Pull:
         self.counted = 0
         """Bytes for which it counts while it is under way."""
         self.tried: set[int] = set()
+        self.no_room = b""
+        """What one of these said that has the object on disk, and no room to read it back."""
         self.mappers: list[int] = []
         """Ranks of this host that map it once it is here."""
 
@@ -183,7 +186,10 @@ class Pulls:
             self._map(pull, neighbours[0])
         elif not untried:
             self._end(pull)
-            self._receiver.on_stranded(pull.entry)
+            if pull.no_room:
+                self._receiver.on_no_room(pull.entry, pull.no_room)
+            else:
+                self._receiver.on_stranded(pull.entry)
         elif pull.block is not None:
             # Not all at one source; ranks of one host at the same, which then has one of them map the other's copy.
             host = next(rank for rank in range(self._rank + 1) if self._out.share_host(rank, self._rank))
@@ -321,12 +327,15 @@ class Pulls:
         self._out.end_receive(source, message.tag, 0, "the source named another one")
 
     def on_pull_failed(self, message: m.PullFailed, source: int) -> None:
-        """The source has no such object, or (`sent`) has lost it on the way."""
+        """The source has no such object, or no room for it, or (`sent`) has lost it on the way."""
+        pull = self._pulls.get(message.id)
+        if pull is not None and (pull.source != source or pull.tag != message.tag):
+            pull = None  # it was given up meanwhile
+        if pull is not None and message.error:
+            pull.no_room = message.error
         if message.tag:
             self._out.end_receive(source, message.tag, message.sent, "the source has no such object any more")
-            return
-        pull = self._pulls.get(message.id)
-        if pull is not None and pull.is_mapping and pull.source == source:
+        elif pull is not None and pull.is_mapping:
             pull.is_mapping = False
             self._pass_over(pull)
 

@@ -183,9 +183,9 @@ class ObjectTable:
         """The object cannot be brought here: the error takes its place."""
         self._set_inline(entry, error)
 
-    def on_no_room(self, entry: Entry) -> None:
-        """No room came for it: whoever waits is told so. The object stays where it is."""
-        self._tell_fetchers(entry, payload.system_error("ObjectStoreFullError", self.why_full(entry.size)))
+    def on_no_room(self, entry: Entry, error: bytes = b"") -> None:
+        """No room came for it, here or (`error`) where it is: whoever waits is told so. The object stays where it is."""
+        self._tell_fetchers(entry, error or payload.system_error("ObjectStoreFullError", self.why_full(entry.size)))
 
     def _tell_fetchers(self, entry: Entry, error: bytes | None) -> None:
         fetchers, entry.fetchers = entry.fetchers, None
