@@ -268,6 +268,11 @@ class Memory:
         return self._allocator.used
 
     @property
+    def count(self) -> int:
+        """How many objects have memory in the arena, those that are being written included."""
+        return self._allocator.count
+
+    @property
     def largest_free(self) -> int:
         """Bytes of the largest free piece."""
         return self._allocator.largest_free

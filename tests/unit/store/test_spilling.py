@@ -9,7 +9,7 @@ import pytest
 from hpcray import payload
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import AWAY, HERE, INLINE, PREFETCH, SPILLED, Extent
+from hpcray.store.entry import AWAY, GET, HERE, INLINE, PREFETCH, SPILLED, Extent
 from hpcray.store.memory import Block
 from hpcray.store.spilling import LEAST_BATCH, RETRY_PAUSE
 from hpcray.store.table import ObjectTable
@@ -330,6 +330,24 @@ def test_a_prefetch_takes_free_memory_only(table, out):
     assert len(told) == 1
     assert told[0] is not None
     assert not out.writing
+
+
+def test_however_many_are_told_that_there_is_no_room_the_store_is_described_once(table, out, monkeypatch):
+    described = []
+    monkeypatch.setattr(out, "holders", lambda: described.append(1) or [])
+    spilled = fill(table)
+    spill_all(table, out)
+    for number in range(10, 14):
+        table.memory.pin(table.entries[put(table, number)].block)
+    told: list[bytes | None] = []
+    for urgency, times in ((PREFETCH, 0), (GET, 1)):
+        for identifier in spilled:
+            assert not table.when_local(identifier, told.append, urgency)
+        table.end_turn(0.0)
+        table.end_turn(PATIENCE)
+        assert len(told) == len(spilled)
+        assert len(described) == times, "nobody reads what prefetches are told"
+        told.clear()
 
 
 def test_what_neighbours_only_map_is_called_back_when_there_is_nothing_to_spill(table, out):
