@@ -228,7 +228,9 @@ class Pulls:
                     continue
                 pull.counted = pull.entry.size
                 self._under_way[pull.urgency] += pull.counted
-                self._memory.reserve(pull.entry.id, pull.entry.size, partial(self._reserved, pull))
+                self._memory.reserve(
+                    pull.entry.id, pull.entry.size, partial(self._reserved, pull), partial(self._is_wanted, pull)
+                )
 
     def _may_start(self, pull: Pull) -> bool:
         size = pull.entry.size
