@@ -216,6 +216,12 @@ class Seal(Message, tag=13):
     line: int = 0
 
 
+class Unreserve(Message, tag=29):
+    """The object of an unanswered or answered `Reserve` will not be written (the user interrupted it, or it failed)."""
+
+    id: bytes
+
+
 class AddReferences(Message, tag=14):
     """The sender unpickled references that it did not hold."""
 
@@ -832,8 +838,8 @@ class JobConfig(msgspec.Struct):
 
 ClientMessage: TypeAlias = (
     RegisterDriver | StopJob | Define | DefineTemplate | Submit | CreateActor | Call | Get | StopGetting | Watch | PutInline
-    | Reserve | Seal | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady | Unblocked | Kill
-    | Query | OpenLane | CloseLane | LaneDone | LaneIdle
+    | Reserve | Seal | Unreserve | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady
+    | Unblocked | Kill | Query | OpenLane | CloseLane | LaneDone | LaneIdle
 )  # fmt: skip
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed

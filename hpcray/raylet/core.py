@@ -149,7 +149,7 @@ class RayletCore:
         self._from_client: dict[type, Callable[[Client, Any], None]] = {
             m.Submit: self._on_submit, m.TaskDone: self._on_task_done, m.Get: self._on_get, m.Release: self._on_release,
             m.Call: self._on_call, m.Watch: self._on_watch, m.StopGetting: self._on_stop_getting,
-            m.PutInline: self._on_put_inline, m.Reserve: self._on_reserve, m.Seal: self._on_seal,
+            m.PutInline: self._on_put_inline, m.Reserve: self._on_reserve, m.Seal: self._on_seal, m.Unreserve: self._on_unreserve,
             m.AddReferences: self._on_add_references, m.Unpin: self._on_unpin, m.KeepForever: self._on_keep_forever,
             m.HandBack: self._on_hand_back, m.Unblocked: self._on_unblocked, m.ActorReady: self._on_actor_ready,
             m.CreateActor: self._on_create_actor, m.Kill: self._on_kill, m.Query: self._on_query,
@@ -453,6 +453,12 @@ class RayletCore:
             entry.maker = (message.file, message.line)
         client.held.add(message.id)
         self.table.set_here(message.id, block, message.nested)
+
+    def _on_unreserve(self, client: Client, message: m.Unreserve) -> None:
+        client.reserving.discard(message.id)
+        block = client.reserved.pop(message.id, None)
+        if block is not None:
+            self.memory.abandon(block)
 
     def _on_unpin(self, client: Client, message: m.Unpin) -> None:
         for identifier in message.ids:

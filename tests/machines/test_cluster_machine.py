@@ -118,6 +118,11 @@ class ClusterMachine(RuleBasedStateMachine):
         self.seeded(seed).damage_disk()
 
     @precondition(lambda self: self.is_small)
+    @rule(seed=seeds)
+    def interrupt(self, seed: int) -> None:
+        self.seeded(seed).stop_writing()
+
+    @precondition(lambda self: self.is_small)
     @rule()
     def wait(self) -> None:
         self.program.cluster.advance(30.0)

@@ -923,6 +923,24 @@ def test_nobody_waits_behind_a_request_of_a_client_that_has_died():
     assert y in entries
 
 
+@pytest.mark.parametrize("has_it", [False, True])
+def test_memory_that_will_not_be_written_is_free_again(has_it):
+    cluster = Cluster([1], arena_size=1 << 13, store_timeout=50.0)
+    driver, other = cluster.add_driver(), cluster.add_driver()
+    if not has_it:
+        x = other.put(size=5000, large=True)
+        other.get([x])
+        cluster.run()
+    driver.put(size=6000, large=True)
+    cluster.deliver(("up", 0, driver.number))
+    driver.stop_writing()
+    cluster.run()
+    assert cluster.ranks[0].core.memory.in_use < 6000
+    y = driver.put(size=1000, large=True)
+    cluster.run()
+    assert y in cluster.ranks[0].core.table.entries
+
+
 def test_nobody_waits_behind_a_fetch_whose_object_was_freed(table, out):
     x, filler = name(ME, 1), name(ME, 2)
     write(table, filler, SIZE // 2)
