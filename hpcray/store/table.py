@@ -453,6 +453,7 @@ class ObjectTable:
 
     def end_turn(self, now: float) -> None:
         """At the end of each turn: have room made for those who wait for it."""
+        self.spiller.on_turn(now)
         if self.memory.is_waited_for:
             self.memory.on_turn(now)
             self._contents = ""

@@ -245,15 +245,36 @@ def test_what_could_not_be_written_stays_and_is_tried_again_after_a_pause(table,
     ids = fill(table)
     told = ask_for(table, SIZE)
     table.end_turn(0.0)
-    finish_write(out, "No space left on device", count=1)
+    finish_write(out, "No space left on device", count=1)  # it took a second and a half, in which nothing else happened
+    table.end_turn(1.5)
     assert [table.entries[i].spilled is not None for i in ids] == [True, False, False, False]
-    table.end_turn(RETRY_PAUSE / 2)
+    table.end_turn(1.5 + RETRY_PAUSE / 2)
     assert not out.writing
-    assert table.next_expiry == RETRY_PAUSE
-    table.end_turn(RETRY_PAUSE)
+    assert table.next_expiry == 1.5 + RETRY_PAUSE
+    table.end_turn(1.5 + RETRY_PAUSE)
     assert len(out.writing[0][0]) == 3
     finish_write(out)
     assert len(told) == 1
+    assert not table.spiller.error
+
+
+def test_of_two_writes_the_one_that_succeeds_does_not_make_up_for_the_one_that_failed():
+    out = Out()
+    table = ObjectTable(ME, Allocator(0, 64 * MEGABYTE), out, patience=PATIENCE)
+    for number in range(64):
+        put(table, number, MEGABYTE)
+    ask_for(table, 8 * MEGABYTE)
+    table.end_turn(0.0)
+    assert len(out.writing) > 1
+    finish_write(out, "No space left on device", count=0)
+    while out.writing:
+        finish_write(out)
+    ask_for(table, 32 * MEGABYTE)
+    table.end_turn(0.5)
+    assert not out.writing
+    assert table.spiller.error == "No space left on device"
+    table.end_turn(0.5 + RETRY_PAUSE)
+    finish_write(out)
     assert not table.spiller.error
 
 
@@ -262,6 +283,7 @@ def test_where_nothing_is_left_to_write_no_retry_is_waited_for(table, out):
     told = ask_for(table, SIZE)
     table.end_turn(0.0)
     finish_write(out, "No space left on device", count=0)
+    table.end_turn(0.0)
     for i in ids:
         table.memory.pin(table.entries[i].block)
     table.end_turn(RETRY_PAUSE)
