@@ -185,12 +185,16 @@ class Memory:
         nothing else leaves for it, and it does not wait.
         """
         creator = _Creator(identifier, size, then, is_wanted)
-        if size > self._allocator.size or (only_free and (self._creators or self._allocator.largest_free < size)):
+        if size > self._allocator.size or (only_free and not self.is_free(size)):
             self._refused.append(creator)
         elif not self._creators and (block := self._make_room(creator)) is not None:
             then(block)
         else:
             self._creators.append(creator)
+
+    def is_free(self, size: int) -> bool:
+        """Whether there is memory for an object that nobody would have to leave, or to wait longer, for."""
+        return not self._creators and self._allocator.fits(size)
 
     def on_turn(self, now: float) -> None:
         """At the end of each turn in which somebody waits: have room made, and tell those whose time is over.

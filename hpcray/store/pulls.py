@@ -234,7 +234,7 @@ class Pulls:
 
     def _may_start(self, pull: Pull) -> bool:
         size = pull.entry.size
-        if pull.urgency == PREFETCH and (self._memory.is_waited_for or self._memory.largest_free < size):
+        if pull.urgency == PREFETCH and not self._memory.is_free(size):
             return False
         before = sum(self._under_way[: pull.urgency + 1])
         return not before or before + size <= self.budget

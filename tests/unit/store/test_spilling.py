@@ -15,7 +15,7 @@ from hpcray.store.spilling import LEAST_BATCH, RETRY_PAUSE
 from hpcray.store.table import ObjectTable
 from hpcray.testing.cluster import Cluster
 from hpcray.testing.process import Process
-from tests.unit.store.test_table import FAR, FARTHER, ME, NEIGHBOUR, PATIENCE, SIZE, Out, name
+from tests.unit.store.test_table import FAR, FARTHER, ME, NEIGHBOUR, PATIENCE, SIZE, Out, fetch, name
 from tests.unit.store.test_table import ask as ask_for
 from tests.unit.store.test_table import need as learn_of
 from tests.unit.store.test_table import write as write_block
@@ -370,6 +370,30 @@ def test_a_prefetch_takes_free_memory_only(table, out):
     assert len(told) == 1
     assert told[0] is not None
     assert not out.writing
+
+
+@pytest.mark.parametrize("kind", ["restore", "fetch"])
+def test_a_prefetch_that_only_page_alignment_keeps_out_evicts_nothing(kind):
+    out = Out()
+    table = ObjectTable(ME, Allocator(0, 2 * MEGABYTE), out, patience=PATIENCE)
+    x, size = name(FAR, 1), MEGABYTE + 4096 - 64
+    if kind == "restore":
+        x = put(table, 1, size)
+        told = ask_for(table, 2 * MEGABYTE)
+        table.end_turn(0.0)
+        finish_write(out)
+        table.memory.abandon(told[0])
+    put(table, 2, 64)
+    fetch(table, out, name(FAR, 3), MEGABYTE - 4096)
+    assert size == table.memory.largest_free
+    if kind == "fetch":
+        learn_of(table, x, [FAR], size)
+    assert not table.when_local(x, lambda _: None, PREFETCH)
+    table.end_turn(0.1)
+    assert name(FAR, 3) in table.entries
+    assert not table.memory.is_waited_for
+    assert not out.receiving
+    table.check()
 
 
 def test_however_many_are_told_that_there_is_no_room_the_store_is_described_once(table, out, monkeypatch):
