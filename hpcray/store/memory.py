@@ -104,6 +104,8 @@ class Memory:
         """Primary copies that are on disk as well."""
         self.primaries: Queue = OrderedDict()
         """Primary copies that are nowhere else."""
+        self.freed: dict[int, Block] = {}
+        """Blocks of this arena, by offset, that were abandoned and wait for their last pin."""
         self._creators: deque[_Creator] = deque()
         self._refused: list[_Creator] = []
         """Those who are to be told that there is no room."""
@@ -137,11 +139,14 @@ class Memory:
         block.dead = True
         if not block.pins:
             self._give_back(block)
+        elif block.rank == self._rank:
+            self.freed[block.offset] = block
 
     def _give_back(self, block: Block) -> None:
         if block.rank != self._rank:
             self._out.send(block.rank, m.UnmapObject(block.id))
             return
+        self.freed.pop(block.offset, None)
         self._allocator.free(block.offset)
         self._has_freed = True
         self._serve_creators()
@@ -311,3 +316,6 @@ class Memory:
                     raise InternalError(f"rank {self._rank}: {identifier.hex()} may leave, but somebody looks at it")
                 if block.queue is not queue:
                     raise InternalError(f"rank {self._rank}: {identifier.hex()} waits in the wrong queue")
+        for offset, block in self.freed.items():
+            if block.offset != offset or not block.dead or block.pins < 1:
+                raise InternalError(f"rank {self._rank}: {block.id.hex()} is freed, and its memory is not given back")
