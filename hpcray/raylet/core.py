@@ -804,7 +804,7 @@ class RayletCore:
                 tasks.place()
             if pool.has_work:
                 pool.dispatch(now)
-            if pool.end_idle_leases() and (pool.ready or tasks.queues):
+            if pool.end_idle_leases() and (pool.has_work or tasks.queues):
                 continue  # what they held may be just what others wait for
             self._report_load()
             if self.gcs is not None:

@@ -171,6 +171,6 @@ def test_long_random_programs_come_to_their_end(layout: int, kind: str) -> None:
         for _ in range(120):
             random_step(program, random, kills=kind == "deadly", failures=kind == "deadly")
             if kind == "full" and random.random() < 0.1:
-                random.choice([program.fill_disk, program.damage_disk])()
+                random.choice([program.fill_disk, program.damage_disk, program.stop_writing])()
             program.judge()
         program.finish()
