@@ -842,6 +842,7 @@ class RayletCore:
             return  # there is nobody whose tasks could be sent here
         reported = self._reported
         if not self._granted_classes and reported is not None and reported.available == self.ledger.free:
+            self.report_due = None
             return  # as on a head that only has a driver
         load = self._load()
         if load == reported:
