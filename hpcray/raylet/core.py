@@ -385,9 +385,9 @@ class RayletCore:
                 self.memory.unpin(block)
         for block in client.reserved.values():
             self.memory.abandon(block)
-        for identifier in client.held:
+        held, client.held = client.held, set()
+        for identifier in held:
             self.references.drop(identifier)
-        client.held.clear()
         if client.is_driver:
             self.lanes.on_client_gone(client)
 

@@ -209,14 +209,16 @@ class ObjectTable:
             self._out.send(home, m.Locate(entry.id))
 
     def on_locate(self, identifier: bytes, asker: int) -> None:
-        """A borrower asks where the object is: it is told once the object exists."""
+        """A borrower asks where the object is: it is told once the object exists, or is freed."""
         entry = self.entries.get(identifier)
         if entry is None:
             self._out.send(asker, m.Located(identifier, _freed_already(identifier), 0, []))
             return
 
         def tell() -> None:
-            if entry.state == INLINE:
+            if self.entries.get(identifier) is not entry:
+                self._out.send(asker, m.Located(identifier, _freed_already(identifier), 0, []))
+            elif entry.state == INLINE:
                 self._out.send(asker, m.Located(identifier, entry.data, len(entry.data), []))
             else:
                 ranks = set(entry.copies or ())
@@ -275,6 +277,7 @@ class ObjectTable:
             for rank in (entry.copies or set()) | (entry.mappers or set()):
                 if rank != self.rank:
                     self._out.send(rank, m.Free([entry.id]))
+        self._exists(entry)  # as much as it ever will: who asked from afar before the last holder let go is told so
         if entry.fetchers is not None:
             self._tell_fetchers(entry, _freed_already(entry.id))
         if entry.nested:

@@ -632,6 +632,15 @@ def test_the_home_answers_where_an_object_is_once_it_exists(table, out):
     assert out.take() == [(7, m.Located(x, None, 1024, [FARTHER]))]
 
 
+def test_who_asks_for_an_object_that_is_freed_before_it_exists_is_told_so(table, out):
+    x = name(ME, 1)
+    table.references.create(x)
+    table.on_locate(x, FAR)
+    table.references.drop(x)
+    ((_, message),) = out.take()
+    assert payload.describe_system_error(message.data)[0] == "ObjectLostError"
+
+
 def test_the_home_says_so_when_it_is_asked_for_what_it_freed(table, out):
     table.on_locate(name(ME, 1), FAR)
     ((_, message),) = out.take()
