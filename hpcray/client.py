@@ -160,7 +160,8 @@ class Client:
         """Coming returns that threads wait for in `get`: to be asked for if they turn out to be large."""
         self._fetching = 0
         """Threads that wait for copies on this node in `wait`."""
-        self._reservations: dict[bytes, int | bytes] = {}
+        self._reservations: dict[bytes, int | bytes | None] = {}
+        """Objects for which memory was asked: None, then the offset, or the error that there is none."""
         self._answers: dict[int, m.Answer] = {}
         self._futures: dict[bytes, list[concurrent.futures.Future[Any]]] = {}
         self._defined: set[bytes] = set()
@@ -397,12 +398,21 @@ class Client:
 
     def write_to_arena(self, identifier: bytes, value: Serialized) -> None:
         """Reserve memory for a large object and copy it there; whoever calls this tells the raylet that it is written."""
-        self.send(m.Reserve(identifier, value.size))
-        self.wait_until(lambda: identifier in self._reservations, None)
-        offset = self._reservations.pop(identifier)
+        self._reservations[identifier] = None
+        try:
+            self.send(m.Reserve(identifier, value.size))
+            self.wait_until(lambda: self._reservations[identifier] is not None, None)
+            offset = self._reservations[identifier]
+            if isinstance(offset, int):
+                self._arenas[self.rank].write(offset, value.parts)
+        except BaseException:
+            # Ctrl-C, or the kernel has no page to give. The memory, come or still to come, would be kept for ever.
+            self.send(m.Unreserve(identifier))
+            raise
+        finally:
+            del self._reservations[identifier]
         if isinstance(offset, bytes):
             raise load_error(offset)
-        self._arenas[self.rank].write(offset, value.parts)
 
     def get(self, identifiers: Sequence[bytes], timeout: float | None) -> list[Any]:
         """The values of objects, in order; the first that is an error is raised.
@@ -812,10 +822,14 @@ class Client:
         self._watched.difference_update(message.ids)
 
     def _on_reserved(self, message: m.Reserved) -> None:
-        self._reservations[message.id] = message.offset
+        self._on_reservation(message.id, message.offset)
 
     def _on_reserve_failed(self, message: m.ReserveFailed) -> None:
-        self._reservations[message.id] = message.error
+        self._on_reservation(message.id, message.error)
+
+    def _on_reservation(self, identifier: bytes, answer: int | bytes) -> None:
+        if identifier in self._reservations:  # else it was given up meanwhile
+            self._reservations[identifier] = answer
 
     def _on_answer(self, message: m.Answer) -> None:
         then = self._pings.pop(message.number, None)

@@ -238,6 +238,12 @@ class Seal(Message, tag=13):
     line: int = 0
 
 
+class Unreserve(Message, tag=30):
+    """The object of an unanswered or answered `Reserve` will not be written (the user interrupted it, or it failed)."""
+
+    id: bytes
+
+
 class AddReferences(Message, tag=14):
     """The sender unpickled references that it did not hold."""
 
@@ -603,11 +609,15 @@ class Pull(Message, tag=82):
 
 
 class PullFailed(Message, tag=83):
-    """The holder has no such object (any more); `sent` bytes of it are on their way. Tag 0 answers `MapObject`."""
+    """The holder has no such object (any more); `sent` bytes of it are on their way. Tag 0 answers `MapObject`.
+
+    `error`: it does have it, on disk, and no room came for it; the `ObjectStoreFullError` that says so.
+    """
 
     id: bytes
     tag: int
     sent: int
+    error: bytes = b""
 
 
 class PullFrom(Message, tag=97):
@@ -932,9 +942,9 @@ class JobConfig(msgspec.Struct):
 
 ClientMessage: TypeAlias = (
     RegisterDriver | StopJob | Define | DefineTemplate | Submit | CreateActor | Call | Get | StopGetting | Watch | PutInline
-    | Reserve | Seal | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady | Unblocked | Kill
-    | Query | OpenLane | CloseLane | LaneDone | LaneIdle | CreatePlacementGroup | RemovePlacementGroup | AwaitPlacementGroup
-    | SetupFailed
+    | Reserve | Seal | Unreserve | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady
+    | Unblocked | Kill | Query | OpenLane | CloseLane | LaneDone | LaneIdle | CreatePlacementGroup | RemovePlacementGroup
+    | AwaitPlacementGroup | SetupFailed
 )  # fmt: skip
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed

@@ -172,7 +172,7 @@ class RayletCore:
         self._from_client: dict[type, Callable[[Client, Any], None]] = {
             m.Submit: self._on_submit, m.TaskDone: self._on_task_done, m.Get: self._on_get, m.Release: self._on_release,
             m.Call: self._on_call, m.Watch: self._on_watch, m.StopGetting: self._on_stop_getting,
-            m.PutInline: self._on_put_inline, m.Reserve: self._on_reserve, m.Seal: self._on_seal,
+            m.PutInline: self._on_put_inline, m.Reserve: self._on_reserve, m.Seal: self._on_seal, m.Unreserve: self._on_unreserve,
             m.AddReferences: self._on_add_references, m.Unpin: self._on_unpin, m.KeepForever: self._on_keep_forever,
             m.HandBack: self._on_hand_back, m.Unblocked: self._on_unblocked, m.ActorReady: self._on_actor_ready,
             m.CreateActor: self._on_create_actor, m.Kill: self._on_kill, m.Query: self._on_query,
@@ -402,6 +402,7 @@ class RayletCore:
         # What it waited for is not to be sent any more, let alone pinned for it.
         client.wanted.clear()
         client.watched.clear()
+        client.reserving.clear()
         if (worker := client.worker) is not None:
             actor, template = worker.actor, worker.template
             lost = self.pool.on_gone(worker)
@@ -418,9 +419,9 @@ class RayletCore:
                 self.memory.unpin(block)
         for block in client.reserved.values():
             self.memory.abandon(block)
-        for identifier in client.held:
+        held, client.held = client.held, set()
+        for identifier in held:
             self.references.drop(identifier)
-        client.held.clear()
         if client.is_driver:
             self.lanes.on_client_gone(client)
 
@@ -459,17 +460,24 @@ class RayletCore:
             self.references.hold(inner)
 
     def _on_reserve(self, client: Client, message: m.Reserve) -> None:
+        def is_wanted() -> bool:
+            return message.id in client.reserving
+
         def then(block: Block | None) -> None:
+            if not is_wanted():
+                if block is not None:
+                    self.memory.abandon(block)
+                return
+            client.reserving.discard(message.id)
             if block is None:
                 error = payload.system_error("ObjectStoreFullError", self.table.why_full(message.size))
                 self._out.to_client(client, m.ReserveFailed(message.id, error))
-            elif client.number not in self.clients:
-                self.memory.abandon(block)
             else:
                 client.reserved[message.id] = block
                 self._out.to_client(client, m.Reserved(message.id, block.offset))
 
-        self.memory.reserve(message.id, message.size, then)
+        client.reserving.add(message.id)
+        self.memory.reserve(message.id, message.size, then, is_wanted)
 
     def _on_seal(self, client: Client, message: m.Seal) -> None:
         block = client.reserved.pop(message.id)
@@ -479,6 +487,12 @@ class RayletCore:
             entry.maker = (message.file, message.line)
         client.held.add(message.id)
         self.table.set_here(message.id, block, message.nested)
+
+    def _on_unreserve(self, client: Client, message: m.Unreserve) -> None:
+        client.reserving.discard(message.id)
+        block = client.reserved.pop(message.id, None)
+        if block is not None:
+            self.memory.abandon(block)
 
     def _on_unpin(self, client: Client, message: m.Unpin) -> None:
         for identifier in message.ids:
@@ -852,22 +866,22 @@ class RayletCore:
         """Place, dispatch and report what this turn changed, until nothing is left to do inside this rank."""
         self.now = now
         tasks, pool = self.tasks, self.pool
-        self.table.end_turn(now)
         while True:
+            self.table.end_turn(now)
             if self.surveys.asked:
                 self.surveys.answer(now)
             if tasks.has_work:
                 tasks.place()
             if pool.has_work:
                 pool.dispatch(now)
-            if pool.end_idle_leases() and (pool.ready or tasks.queues):
+            if pool.end_idle_leases() and (pool.has_work or tasks.queues):
                 continue  # what they held may be just what others wait for
             self._report_load()
             if self.gcs is not None:
                 self.gcs.end_turn(now)
             if self.lanes.exist and not self._loopback:
                 self._free_lanes()
-            if not self._loopback:
+            if not self._loopback and not self.memory.has_news:
                 break
             messages, self._loopback = self._loopback, []
             for message in messages:
@@ -899,6 +913,7 @@ class RayletCore:
             return  # there is nobody whose tasks could be sent here
         reported = self._reported
         if not self._granted_classes and reported is not None and reported.available == self.ledger.free:
+            self.report_due = None
             return  # as on a head that only has a driver
         load = self._load()
         if load == reported:

@@ -52,6 +52,8 @@ class ObjectTable:
         self.spiller = Spiller(self.memory, out, self)
         self.transfers = Transfers(rank, self.entries, self.memory, out, self)
         self._out = out
+        self._contents = ""
+        """What `why_full` says of this arena: made once per turn, however many are told."""
         self._due: deque[Callable[[], None]] = deque()
         self._is_acting = False
 
@@ -164,6 +166,8 @@ class ObjectTable:
 
     def on_arrived(self, entry: Entry) -> None:
         """The object can be read on this node."""
+        if self.entries.get(entry.id) is not entry:
+            return  # one of those who were told before that it exists has let go of it, as the last
         block = entry.block
         if block is not None:
             self.memory.pin(block)  # or it might make room for others before those who wait have looked at it
@@ -181,9 +185,11 @@ class ObjectTable:
         """The object cannot be brought here: the error takes its place."""
         self._set_inline(entry, error)
 
-    def on_no_room(self, entry: Entry) -> None:
-        """No room came for it: whoever waits is told so. The object stays where it is."""
-        self._tell_fetchers(entry, payload.system_error("ObjectStoreFullError", self.why_full(entry.size)))
+    def on_no_room(self, entry: Entry, error: bytes = b"") -> None:
+        """No room came for it, here or (`error`) where it is: whoever waits is told so. The object stays where it is."""
+        if not error and entry.urgency == PREFETCH:
+            error = _NO_PREFETCH  # nobody reads it, and thousands may be refused in a turn
+        self._tell_fetchers(entry, error or payload.system_error("ObjectStoreFullError", self.why_full(entry.size)))
 
     def _tell_fetchers(self, entry: Entry, error: bytes | None) -> None:
         fetchers, entry.fetchers = entry.fetchers, None
@@ -203,14 +209,16 @@ class ObjectTable:
             self._out.send(home, m.Locate(entry.id))
 
     def on_locate(self, identifier: bytes, asker: int) -> None:
-        """A borrower asks where the object is: it is told once the object exists."""
+        """A borrower asks where the object is: it is told once the object exists, or is freed."""
         entry = self.entries.get(identifier)
         if entry is None:
             self._out.send(asker, m.Located(identifier, _freed_already(identifier), 0, []))
             return
 
         def tell() -> None:
-            if entry.state == INLINE:
+            if self.entries.get(identifier) is not entry:
+                self._out.send(asker, m.Located(identifier, _freed_already(identifier), 0, []))
+            elif entry.state == INLINE:
                 self._out.send(asker, m.Located(identifier, entry.data, len(entry.data), []))
             else:
                 ranks = set(entry.copies or ())
@@ -269,6 +277,7 @@ class ObjectTable:
             for rank in (entry.copies or set()) | (entry.mappers or set()):
                 if rank != self.rank:
                     self._out.send(rank, m.Free([entry.id]))
+        self._exists(entry)  # as much as it ever will: who asked from afar before the last holder let go is told so
         if entry.fetchers is not None:
             self._tell_fetchers(entry, _freed_already(entry.id))
         if entry.nested:
@@ -383,8 +392,11 @@ class ObjectTable:
         is_prefetch = entry.urgency == PREFETCH
         assert extent is not None
 
+        def is_wanted() -> bool:
+            return self.entries.get(entry.id) is entry and entry.spilled is extent
+
         def with_room(block: Block | None) -> None:
-            if self.entries.get(entry.id) is not entry or entry.spilled is not extent:
+            if not is_wanted():
                 if block is not None:
                     self.memory.abandon(block)  # freed while it waited for room
             elif block is None and is_prefetch and entry.urgency < PREFETCH:
@@ -395,7 +407,7 @@ class ObjectTable:
                 self.spiller.restore(extent, block, lambda error: done(block, error))
 
         def done(block: Block, error: str | None) -> None:
-            if self.entries.get(entry.id) is not entry or entry.spilled is not extent:
+            if not is_wanted():
                 self.memory.abandon(block)
             elif error is None:
                 entry.state = HERE
@@ -405,7 +417,7 @@ class ObjectTable:
                 self.memory.abandon(block)
                 self._lose_spilled(entry, error)
 
-        self.memory.reserve(entry.id, entry.size, with_room, only_free=is_prefetch)
+        self.memory.reserve(entry.id, entry.size, with_room, is_wanted, only_free=is_prefetch)
 
     def _lose_spilled(self, entry: Entry, why: str) -> None:
         error = payload.system_error("ObjectLostError", _unreadable_text(entry.id, why), entry.id.hex())
@@ -444,8 +456,10 @@ class ObjectTable:
 
     def end_turn(self, now: float) -> None:
         """At the end of each turn: have room made for those who wait for it."""
+        self.spiller.on_turn(now)
         if self.memory.is_waited_for:
             self.memory.on_turn(now)
+            self._contents = ""
         if self.transfers.pulls.is_waiting:
             self.transfers.pulls.pump()  # memory may have come free
 
@@ -456,14 +470,22 @@ class ObjectTable:
         return due if due is None or self.spiller.retry_at is None else min(due, self.spiller.retry_at)
 
     def why_full(self, size: int) -> str:
-        """What an `ObjectStoreFullError` says of an object for which there was no room."""
+        """What an `ObjectStoreFullError` says of an object for which there was no room. For calls of `Memory`, in its turn."""
         memory = self.memory
         text = (
             f"an object of {size:,} bytes does not fit: the object store of rank {self.rank} has {memory.size:,} bytes"
         )
         if size > memory.size:
             return text + " in all. Give the store more: init(object_store_memory=…) or --object-store-memory."
-        text += f", {memory.size - memory.in_use:,} of them free (the largest piece {memory.largest_free:,}). "
+        if not self._contents:
+            self._contents = self._describe_contents()
+        return (
+            f"{text}, {self._contents}. Drop what is not needed (`del`: an array from `get` keeps its object in the store), get "
+            "less at a time, or give the store more: init(object_store_memory=…) or --object-store-memory."
+        )
+
+    def _describe_contents(self) -> str:
+        memory = self.memory
         held = [*self._out.holders()]
         if mapped := self.transfers.bytes_mapped_out:
             held.append(f"{mapped:,} bytes are mapped by other ranks of this host")
@@ -473,16 +495,11 @@ class ObjectTable:
         if writing := self.spiller.under_way:
             held.append(f"{writing:,} bytes are being spilled")
         return (
-            f"{text}It holds {self.count_stored()} objects; {'; '.join(held) or 'nobody holds them'}. Drop what is not "
-            "needed (`del`: an array from `get` keeps its object in the store), get less at a time, or give the store "
-            "more: init(object_store_memory=…) or --object-store-memory."
+            f"{memory.size - memory.in_use:,} of them free (the largest piece {memory.largest_free:,}). It holds "
+            f"{memory.count} objects; {'; '.join(held) or 'nobody holds them'}"
         )
 
     # ----------------------------------------------------------------------------------------------------------- state
-    def count_stored(self) -> int:
-        """How many objects lie in this arena."""
-        return sum(1 for entry in self.entries.values() if entry.state == HERE)
-
     def check(self) -> None:
         """Raise InternalError if the table disagrees with itself. Slow: tests and HPCRAY_CHECK=1."""
         self.references.check()
@@ -512,6 +529,9 @@ class ObjectTable:
         else:
             right = memory.unused
         return "" if block.queue is right else "waits to make room in the wrong queue"
+
+
+_NO_PREFETCH = payload.system_error("ObjectStoreFullError", "no memory was free for an object that is not needed yet")
 
 
 def _freed_already(identifier: bytes) -> bytes:

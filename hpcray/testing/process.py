@@ -93,6 +93,11 @@ class Process:
         """Whether it waits for objects, or for room to write one."""
         return not self.is_driver and bool(self._writing or self.wanted)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether it waits for room to write an object."""
+        return bool(self._writing)
+
     def new_id(self) -> bytes:
         """The id of a new task, put or actor."""
         self._counter += 1
@@ -136,6 +141,13 @@ class Process:
 
         self._writing[identifier] = reserved
         self.send(m.Reserve(identifier, len(data)))
+
+    def stop_writing(self) -> None:
+        """An interrupt comes while it waits for room."""
+        writing, self._writing = self._writing, {}
+        for identifier, then in writing.items():
+            self.send(m.Unreserve(identifier))
+            then(None)
 
     def submit(
         self, template: bytes, dependencies: Sequence[bytes] = (), nested: Sequence[bytes] = (), num_returns: int = 1
@@ -336,11 +348,13 @@ class Process:
         self.answers[message.number] = message
 
     def _on_Reserved(self, message: m.Reserved) -> None:  # noqa: N802
-        self._writing.pop(message.id)(message.offset)
+        if (then := self._writing.pop(message.id, None)) is not None:
+            then(message.offset)
 
     def _on_ReserveFailed(self, message: m.ReserveFailed) -> None:  # noqa: N802
-        self.store_errors += 1
-        self._writing.pop(message.id)(None)
+        if (then := self._writing.pop(message.id, None)) is not None:
+            self.store_errors += 1
+            then(None)
 
     def _on_Run(self, message: m.Run) -> None:  # noqa: N802
         self.inbox.append(message)

@@ -159,6 +159,11 @@ class Program:
         if blocked := [p for p in self.cluster.processes if p.wanted]:
             self.random.choice(blocked).stop_getting()
 
+    def stop_writing(self) -> None:
+        """A `put`, or the writing of a result, is interrupted."""
+        if writing := [p for p in self.cluster.processes if p.is_writing]:
+            self.random.choice(writing).stop_writing()
+
     def release(self) -> None:
         """`del ref`, at any process, even one that idles with references in its globals."""
         process = self.random.choice(self.cluster.processes)
