@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,12 @@ import msgspec
 
 import hpcray
 from hpcray import ids, payload
+from hpcray.environments.wanted import Environments
 from hpcray.exceptions import GetTimeoutError, RaySystemError
 from hpcray.lanes import CallerLanes
 from hpcray.object_ref import ObjectRef, adopt_for, counted
 from hpcray.protocol import messages as m
-from hpcray.protocol.codec import LENGTH_SIZE, decode_from_raylet, split_stream, stream_frame
+from hpcray.protocol.codec import LENGTH_SIZE, decode_from_raylet, prefixed, split_stream, stream_frame
 from hpcray.store.arena import Arena
 from hpcray.worker.lanes import ServedLanes
 from hpcray.worker.serialization import Serialized, deserialize, load_error
@@ -64,6 +65,14 @@ def _count_generation() -> None:
 
 
 os.register_at_fork(after_in_child=_count_generation)
+
+
+class EnvironmentAsked(Exception):
+    """In workers: the first work is of a runtime environment, to be entered before anything else is looked at."""
+
+    def __init__(self, template: m.Template) -> None:
+        super().__init__(template.name)
+        self.template = template
 
 
 class _Stored:
@@ -96,11 +105,13 @@ class Client:
         self.namespace = ""
         self.inline_limit = 0
         self.prefix = b""
+        self.environments = Environments()
         self.templates: dict[bytes, m.Template] = {}
         self.blobs: dict[bytes, bytes] = {}
         self.inbox: deque[m.Run] = deque()
         self.exit_asked = False
         self.on_log: Callable[[m.LogLines], None] = lambda _lines: None
+        self.on_gpus: Callable[[m.AssignGpus], None] = lambda _gpus: None
         self.before_blocking: Callable[[], None] = lambda: None
         """In workers: hand back what was not started; called before and while user code waits."""
         self.is_closed = False
@@ -156,6 +167,9 @@ class Client:
         self._defined: set[bytes] = set()
         self._arenas: dict[int, Arena] = {}
         self._refusal: str | None = None
+        self._registered: m.Registered | None = None
+        self._unread = b""
+        """Frames that came after the one that had a runtime environment entered."""
         self._handlers: dict[type, Callable[[Any], None]] = {
             m.InlineObject: self._on_inline_object, m.StoredObject: self._on_stored_object, m.Run: self._on_run,
             m.Ready: self._on_ready, m.Reserved: self._on_reserved, m.ReserveFailed: self._on_reserve_failed,
@@ -163,7 +177,7 @@ class Client:
             m.Registered: self._on_registered, m.Refused: self._on_refused, m.MapArena: self._on_map_arena,
             m.LogLines: lambda lines: self.on_log(lines), m.Exit: self._on_exit, m.Exists: self._on_exists,
             m.LaneOpened: self._on_lane_opened, m.LaneClosed: self._on_lane_closed, m.LaneWanted: self._on_lane_wanted,
-            m.ServeLane: self._on_serve_lane,
+            m.ServeLane: self._on_serve_lane, m.AssignGpus: lambda message: self.on_gpus(message),
         }  # fmt: skip
 
     def register(self, namespace: str, sys_path: list[str], *, log_to_driver: bool) -> None:
@@ -321,13 +335,15 @@ class Client:
             self._counter += 1
             return ids.task_id(self.prefix, self._counter)
 
-    def submit(self, message: m.Submit | m.Call | m.CreateActor, returns: Sequence[bytes]) -> list[ObjectRef[Any]]:
-        """Send a task or call; the references of its returns."""
+    def submit(
+        self, message: m.Submit | m.Call | m.CreateActor | m.AwaitPlacementGroup, returns: Sequence[bytes]
+    ) -> list[ObjectRef[Any]]:
+        """Send what makes objects; the references of these."""
         with self._lock:
             counts = self._counts
             for identifier in returns:
                 counts[identifier] = 1
-            if self.is_driver and not isinstance(message, m.CreateActor):
+            if self.is_driver and isinstance(message, m.Submit | m.Call):
                 self._coming.update(returns)
                 if not self._lanes.take(message, returns):
                     self._send_locked(message)
@@ -686,8 +702,7 @@ class Client:
             self._dispatch(data[LENGTH_SIZE:])
             return
         buffer += data
-        for frame in split_stream(buffer):
-            self._dispatch(frame)
+        self._dispatch_all(split_stream(buffer))
 
     def _pump_all(self, seconds: float | None) -> None:
         raylet = False
@@ -712,8 +727,21 @@ class Client:
 
     def _dispatch(self, frame: bytes | memoryview) -> None:
         handlers = self._handlers
-        for message in decode_from_raylet(frame):
-            handlers[type(message)](message)
+        messages = iter(decode_from_raylet(frame))
+        try:
+            for message in messages:
+                handlers[type(message)](message)
+        except EnvironmentAsked:
+            self._unread = stream_frame(list(messages))
+            raise
+
+    def _dispatch_all(self, frames: list[bytes]) -> None:
+        for index, frame in enumerate(frames):
+            try:
+                self._dispatch(frame)
+            except EnvironmentAsked:
+                self._unread += b"".join(map(prefixed, frames[index + 1 :]))
+                raise
 
     def start_reader(self) -> None:
         """Have a thread read what comes while no other thread does."""
@@ -816,8 +844,11 @@ class Client:
 
     def _on_define_template(self, message: m.DefineTemplate) -> None:
         self.templates[message.id] = message.template
+        if message.template.environment != self.environments.present.id:
+            raise EnvironmentAsked(message.template)
 
     def _on_registered(self, message: m.Registered) -> None:
+        self._registered = message
         self.rank = message.rank
         self.host = message.host
         self.prefix = message.prefix
@@ -873,6 +904,33 @@ class Client:
 
     def _on_exit(self, message: m.Exit) -> None:
         self.exit_asked = True
+
+    # ---------------------------------------------------------------------------------------- another interpreter's turn
+    def hand_over(self, without: Collection[bytes]) -> tuple[bytes, list[int], int]:
+        """In a worker that has run nothing yet: what the one that takes its place has to be told.
+
+        Args:
+            without: Definitions that it does not need.
+
+        Returns:
+            Frames, the descriptors that go with them, and the socket's. All stay open here.
+        """
+        assert self._registered is not None
+        arenas = {self.rank: self._arenas[self.rank], **self._arenas}
+        known = [
+            self._registered,
+            *(m.MapArena(rank, arena.size) for rank, arena in arenas.items() if rank != self.rank),
+            *(m.Define(identifier, blob) for identifier, blob in self.blobs.items() if identifier not in without),
+            *(m.DefineTemplate(identifier, template) for identifier, template in self.templates.items()),
+        ]
+        descriptors = [*(arena.fd for arena in arenas.values()), *self._descriptors]
+        return stream_frame(known) + self._unread + bytes(self._buffer), descriptors, self._sock.fileno()
+
+    def resume(self, frames: bytes, descriptors: Iterable[int]) -> None:
+        """In the worker that takes another's place: the inverse of `hand_over`."""
+        self._descriptors.extend(descriptors)
+        self._buffer += frames
+        self._dispatch_all(split_stream(self._buffer))
 
     # ------------------------------------------------------------------------------------------------------------ end
     def drain_logs(self) -> None:

@@ -17,12 +17,16 @@ from collections.abc import Callable
 from typing import Protocol
 
 from hpcray import payload
-from hpcray.gcs.scheduling import NodeView
-from hpcray.ids import home_of
+from hpcray.gcs import policies
+from hpcray.gcs.groups import PlacementGroups
+from hpcray.gcs.views import NodeView
+from hpcray.ids import home_of, shown_actor
+from hpcray.observe.findings import Finding
 from hpcray.protocol import messages as m
-from hpcray.resources import Shape
+from hpcray.resources import slots
 
 PENDING, STARTING, ALIVE, DEAD = "pending", "starting", "alive", "dead"
+KILLED = "it was ended by hpcray.kill()"
 
 
 class ActorsOut(Protocol):
@@ -46,6 +50,7 @@ class ActorRecord:
         "state",
         "template",
         "watchers",
+        "why",
     )
 
     def __init__(self, message: m.RegisterActor, restarts: int) -> None:
@@ -54,6 +59,8 @@ class ActorRecord:
         self.key = (message.namespace, message.name) if message.name else None
         self.is_detached = message.detached
         self.is_wanted_dead = False
+        self.why = ""
+        """If so."""
         self.restarts = restarts
         self.state = PENDING
         self.rank = -1
@@ -65,8 +72,15 @@ class ActorRecord:
 class Actors:
     """All actors of all jobs: pure."""
 
-    def __init__(self, nodes: dict[int, NodeView], template: Callable[[bytes], m.Template], out: ActorsOut) -> None:
+    def __init__(
+        self,
+        nodes: dict[int, NodeView],
+        groups: PlacementGroups,
+        template: Callable[[bytes], m.Template],
+        out: ActorsOut,
+    ) -> None:
         self._nodes = nodes
+        self._groups = groups
         self._template = template
         self._out = out
         self.records: dict[bytes, ActorRecord] = {}
@@ -103,6 +117,9 @@ class Actors:
         if message.error is not None:
             self._die(record, message.error)
             return
+        if spec.group and self._groups.is_removed(spec.group):
+            self._die(record, payload.group_removed(spec.group, spec.name, is_actor=True))
+            return
         self._pending[record.id] = None
         if record.id in self._early_kills:
             self._early_kills.discard(record.id)
@@ -121,15 +138,20 @@ class Actors:
             record.rank = rank
             record.incarnation += 1
             self._living[rank] = self._living.get(rank, 0) + 1
-            self._nodes[rank].placing[identifier] = spec.resources
+            self._nodes[rank].placing[identifier] = [spec.resources]
             self._out.send(home_of(identifier), m.PlaceActor(identifier, record.incarnation, rank))
 
     def _choose(self, spec: m.Template) -> int | None:
-        needed: Shape = spec.actor.placement if spec.actor and spec.actor.placement else spec.resources
-        fitting = [rank for rank, node in self._nodes.items() if node.has_room_for_actor(needed)]
-        if spec.node is not None and (spec.node in fitting or not spec.node_is_soft):
-            return spec.node if spec.node in fitting else None
-        return min(fitting, key=lambda rank: (self._living.get(rank, 0), rank), default=None)
+        if spec.group:
+            # Its raylet has it wait for room in the bundle, which tasks may use without the GCS's knowledge.
+            homes = self._groups.bundles_on(spec).items()
+            ranks = [rank for rank, bundles in homes if any(slots(bundle, spec.resources) for bundle in bundles)]
+            return min(ranks, key=lambda rank: (self._living.get(rank, 0), rank), default=None)
+        needed = policies.demand_of(spec)
+        nodes = policies.feasible(spec, self._nodes.values())
+        fitting = policies.favourites(spec, [node for node in nodes if node.has_room_for(needed)])
+        # Actors that hold nothing while they run would all be packed on one node by what it has free.
+        return min((node.rank for node in fitting), key=lambda rank: (self._living.get(rank, 0), rank), default=None)
 
     def on_started(self, message: m.ActorStarted) -> None:
         record = self._current(message.actor, message.incarnation)
@@ -164,21 +186,22 @@ class Actors:
         if no_restart and identifier not in self.records:
             self._early_kills.add(identifier)
         elif no_restart:
-            self._end(identifier, drain=False, why="it was ended by hpcray.kill()")
+            self._end(identifier, drain=False, why=KILLED)
         elif (record := self.records.get(identifier)) is not None and record.state == ALIVE:
-            self._out.send(record.rank, m.StopActor(identifier, drain=False))
+            self._out.send(record.rank, m.StopActor(identifier, drain=False, why=KILLED))
 
     def _end(self, identifier: bytes, *, drain: bool, why: str) -> None:
         record = self.records.get(identifier)
         if record is None or record.state == DEAD:
             return
         record.is_wanted_dead = True
+        record.why = why
         if record.state == PENDING:
             self._pending.pop(identifier, None)
             self._die(record, payload.actor_died(identifier, self._template(record.template).name, f"{why}."))
         elif record.state == ALIVE or not drain:
             # Sent while it is starting, this may arrive before the actor does: `_announce` repeats it.
-            self._out.send(record.rank, m.StopActor(identifier, drain))
+            self._out.send(record.rank, m.StopActor(identifier, drain, why))
 
     @property
     def is_waiting_for_room(self) -> bool:
@@ -203,6 +226,31 @@ class Actors:
             return None
         return record
 
+    # -------------------------------------------------------------------------------------------- explanations
+    def explain(self, asked: str) -> list[Finding]:
+        """Actors of this name, class or id; of a class, those that are not dead."""
+        findings = []
+        for record in self.records.values():
+            name, shown = self._template(record.template).name, shown_actor(record.id).hex()
+            is_one = asked in (shown, record.id.hex()) or (record.key is not None and asked == record.key[1])
+            if is_one or (asked == name and record.state != DEAD):
+                waiting = record.template if record.state == PENDING else b""
+                title = f"actor {name}" + (f" {record.key[1]!r}" if record.key is not None else "")
+                findings.append(Finding("actor", shown, title, 0, self._story(record), waiting))
+        return findings
+
+    @staticmethod
+    def _story(record: ActorRecord) -> str:
+        if record.state == PENDING:
+            return "waits for a node"
+        if record.state == STARTING:
+            return f"is being started on rank {record.rank}: its __init__ has not returned"
+        if record.state == ALIVE:
+            return f"lives on rank {record.rank}" + (
+                f", and is about to end: {record.why}" if record.is_wanted_dead else ""
+            )
+        return "is dead"
+
     # ----------------------------------------------------------------------------------------------- watchers
     def on_watch(self, identifier: bytes, rank: int) -> None:
         record = self.records.get(identifier)
@@ -218,7 +266,7 @@ class Actors:
         if record.state == DEAD:
             record.watchers.clear()
         elif record.state == ALIVE and record.is_wanted_dead:
-            self._out.send(record.rank, m.StopActor(record.id, drain=True))
+            self._out.send(record.rank, m.StopActor(record.id, True, record.why))
 
     def _tell(self, record: ActorRecord, rank: int) -> None:
         # Callers of an actor that is about to end wait for its end, rather than have their calls run after a
@@ -228,6 +276,12 @@ class Actors:
         self._out.send(rank, m.ActorChanged(record.id, state, record.rank, record.incarnation, record.error))
 
     # --------------------------------------------------------------------------------------------------- jobs
+    def end_group(self, group: bytes) -> None:
+        """End the actors in a placement group that is no more."""
+        for record in list(self.records.values()):
+            if record.state != DEAD and self._template(record.template).group == group:
+                self._end(record.id, drain=False, why="its placement group was removed")
+
     def end_job(self, is_of_job: Callable[[bytes], bool]) -> None:
         """End the actors of a job; detached ones stay."""
         for record in list(self.records.values()):

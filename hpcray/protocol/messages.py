@@ -81,6 +81,14 @@ class ActorOptions(msgspec.Struct, array_like=True):
     """Of a named actor."""
 
 
+class LabelRule(msgspec.Struct, array_like=True, frozen=True):
+    """What a node's label must be: `operator` is "in", "not in", "exists" or "does not exist"."""
+
+    key: str
+    operator: str
+    values: tuple[str, ...] = ()
+
+
 class Template(msgspec.Struct, array_like=True):
     """What all calls of one remote function with the same options share; sent once per process, named by its hash.
 
@@ -101,6 +109,20 @@ class Template(msgspec.Struct, array_like=True):
     node: int | None = None
     node_is_soft: bool = False
     actor: ActorOptions | None = None
+    labels: tuple[LabelRule, ...] = ()
+    """What the labels of its node must be."""
+    liked_labels: tuple[LabelRule, ...] = ()
+    """What they should be, where there is a choice."""
+    group: bytes = b""
+    """The placement group that it runs in."""
+    bundle: int = -1
+    """Which bundle of the group; -1: any."""
+    captures: bool = False
+    """What it submits runs in its group, too, unless told otherwise."""
+    environment: bytes = b""
+    """Id of the definition that holds the runtime environment; empty without one."""
+    packages: list[bytes] = []
+    """Ids of the definitions that hold what the environment has workers unpack."""
 
 
 # -------------------------------------------------------------------------------------------------------- client → raylet
@@ -216,7 +238,7 @@ class Seal(Message, tag=13):
     line: int = 0
 
 
-class Unreserve(Message, tag=29):
+class Unreserve(Message, tag=30):
     """The object of an unanswered or answered `Reserve` will not be written (the user interrupted it, or it failed)."""
 
     id: bytes
@@ -269,6 +291,12 @@ class ActorReady(Message, tag=20):
     error: bytes | None
 
 
+class SetupFailed(Message, tag=28):
+    """The worker cannot be set up with the environment of its first work, and ends: the payload of the error."""
+
+    error: bytes
+
+
 class Unblocked(Message, tag=21):
     """A worker's `get` or `wait` returned to user code."""
 
@@ -316,6 +344,14 @@ class LaneIdle(Message, tag=27):
     home: int
     client: int
     lane: int
+
+
+class AwaitPlacementGroup(Message, tag=29):
+    """The sender's new object `id` comes to exist, with this payload, when the group does; with an error if it never will."""
+
+    id: bytes
+    group: bytes
+    data: bytes
 
 
 # -------------------------------------------------------------------------------------------------------- raylet → client
@@ -449,6 +485,13 @@ class ServeLane(Message, tag=57):
     client: int
     lane: int
     is_leased: bool
+
+
+class AssignGpus(Message, tag=59):
+    """To a worker, ahead of what it runs: these GPUs are its own, by what this environment variable calls them."""
+
+    variable: str
+    ids: list[str]
 
 
 class LaneReply(Message, tag=58):
@@ -685,16 +728,22 @@ class WantLane(Message, tag=94):
 
 # ----------------------------------------------------------------------------------------------------------- raylet → GCS
 class Demand(Message, tag=100):
-    """So many tasks of this template wait at the sender (absolute; answered by `Grant`s as room comes)."""
+    """So many tasks of this template wait at the sender (absolute; answered by `Grant`s as room comes).
+
+    `near`: of these, how many have most of their arguments on which rank.
+    """
 
     template: bytes
     count: int
+    near: dict[int, int] = {}
 
 
 class Load(Message, tag=101):
-    """What the sender has free, and per template: room for more tasks and how many granted tasks arrived in all."""
+    """What the sender has free (`units`: of each GPU), and per template: room for more tasks and how many granted tasks
+    arrived in all."""
 
     available: dict[str, int]
+    units: dict[str, dict[int, int]]
     room: dict[bytes, int]
     arrived: dict[bytes, int]
 
@@ -766,6 +815,39 @@ class Ask(Message, tag=109):
     arguments: bytes
 
 
+class CreatePlacementGroup(Message, tag=111):
+    """Client → its raylet → GCS: reserve all bundles or none. State changes reach those who `WatchPlacementGroup`."""
+
+    group: bytes
+    job: bytes
+    name: str
+    namespace: str
+    strategy: str
+    bundles: list[dict[str, int]]
+    is_detached: bool
+    labels: list[list[LabelRule]]
+    """Per bundle; empty: none has any."""
+
+
+class RemovePlacementGroup(Message, tag=112):
+    """Client → its raylet → GCS: give the bundles back; what runs in them ends."""
+
+    group: bytes
+
+
+class WatchPlacementGroup(Message, tag=113):
+    """Tell the sender of this group's changes, starting with its present state."""
+
+    group: bytes
+
+
+class BundlesReserved(Message, tag=114):
+    """Answer to `ReserveBundles`: all of them, or none for want of room. Followed by `Load`, in the same frame."""
+
+    group: bytes
+    ok: bool
+
+
 class EndJob(Message, tag=110):
     """Rank 0's raylet: a driver is gone; drop its actors and demands."""
 
@@ -800,10 +882,11 @@ class ActorChanged(Message, tag=132):
 
 
 class StopActor(Message, tag=133):
-    """To the hosting raylet: end the actor's worker, now or (`drain`) after the calls it has."""
+    """To the hosting raylet: end the actor's worker, now or (`drain`) after the calls it has. `why`: half a sentence."""
 
     actor: bytes
     drain: bool
+    why: str
 
 
 class Told(Message, tag=134):
@@ -819,6 +902,27 @@ class JobEnded(Message, tag=135):
     """To every raylet: end the workers of this job."""
 
     job: bytes
+
+
+class PlacementGroupChanged(Message, tag=137):
+    """To watchers: `state` is 'pending', 'created', 'rescheduling' or 'removed' (also: never known)."""
+
+    group: bytes
+    state: str
+
+
+class ReserveBundles(Message, tag=138):
+    """To a raylet: set these bundles (by their index) aside, all or none. Answered by `BundlesReserved`."""
+
+    group: bytes
+    bundles: dict[int, dict[str, int]]
+
+
+class ReturnBundles(Message, tag=139):
+    """To a raylet: these bundles of the group (empty: all) are bundles no more; what runs in them ends."""
+
+    group: bytes
+    bundles: list[int]
 
 
 class Shutdown(Message, tag=136):
@@ -839,11 +943,13 @@ class JobConfig(msgspec.Struct):
 ClientMessage: TypeAlias = (
     RegisterDriver | StopJob | Define | DefineTemplate | Submit | CreateActor | Call | Get | StopGetting | Watch | PutInline
     | Reserve | Seal | Unreserve | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady
-    | Unblocked | Kill | Query | OpenLane | CloseLane | LaneDone | LaneIdle
+    | Unblocked | Kill | Query | OpenLane | CloseLane | LaneDone | LaneIdle | CreatePlacementGroup | RemovePlacementGroup
+    | AwaitPlacementGroup | SetupFailed
 )  # fmt: skip
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed
     | MapArena | Answer | LogLines | Exit | Exists | LaneOpened | LaneClosed | LaneWanted | ServeLane | LaneReply
+    | AssignGpus
 )  # fmt: skip
 PeerMessage: TypeAlias = (
     Define | DefineTemplate | Execute | ExecuteCall | Finished | Crashed | Locate | Located | Borrow | Borrowed | Unborrow
@@ -851,6 +957,7 @@ PeerMessage: TypeAlias = (
     | RecallMapping | CopyLost
     | Survey | Surveyed | StartActor | LogLines
     | Demand | Load | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor | WatchActor
-    | Ask | EndJob | Grant | PlaceActor | ActorChanged | StopActor | Told | JobEnded | Shutdown | StartLane | EndLane
-    | LaneLost | WantLane
+    | Ask | EndJob | CreatePlacementGroup | RemovePlacementGroup | WatchPlacementGroup | BundlesReserved
+    | PlacementGroupChanged | ReserveBundles | ReturnBundles | Grant | PlaceActor | ActorChanged | StopActor | Told
+    | JobEnded | Shutdown | StartLane | EndLane | LaneLost | WantLane
 )  # fmt: skip

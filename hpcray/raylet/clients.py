@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpcray.protocol.messages import Dependency
+from hpcray.raylet.ledger import Holding
 from hpcray.store.memory import Block
 
 
@@ -44,14 +45,20 @@ class Client:
 class Worker:
     """A worker process of the pool, as the scheduler of this raylet sees it."""
 
-    __slots__ = ("actor", "client", "is_blocked", "is_lent", "job", "lease_since", "tasks", "template")
+    __slots__ = (
+        "actor", "client", "environment", "holding", "is_blocked", "is_lent", "job", "lease_since", "tasks", "template",
+    )  # fmt: skip
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.job = b""
         """The job whose code it has imported; it serves no other."""
+        self.environment = b""
+        """The runtime environment that it has entered, likewise, or will before its first work."""
         self.template: bytes | None = None
         """The scheduling class that it is leased to."""
+        self.holding: Holding | None = None
+        """The resources of its lease."""
         self.tasks: dict[bytes, Work] = {}
         """What was sent to it and not answered, in order: the first one runs."""
         self.is_blocked = False

@@ -5,6 +5,7 @@
     Calls         actor calls of this raylet's clients          (raylet/calls.py)
     Pool          workers, and what runs on them                (raylet/pool.py)
     HostedActors  actors that live here                         (raylet/actors.py)
+    Groups        placement groups: bundles, and who waits      (raylet/groups.py)
     Lanes         drivers that speak to workers themselves      (raylet/lanes.py)
 
 Rules:
@@ -16,23 +17,27 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 from hpcray import payload
 from hpcray.exceptions import InternalError
 from hpcray.ids import client_prefix, object_id, task_of
+from hpcray.observe.findings import Finding
 from hpcray.observe.statistics import Traffic
 from hpcray.protocol import messages as m
 from hpcray.raylet.actors import HostedActors
 from hpcray.raylet.calls import Calls
 from hpcray.raylet.clients import Client, Work, Worker
+from hpcray.raylet.explaining import explain
+from hpcray.raylet.groups import Groups
 from hpcray.raylet.lanes import Key, Lanes
 from hpcray.raylet.ledger import Ledger
 from hpcray.raylet.pool import Pool
 from hpcray.raylet.surveys import TOPICS, Surveys
 from hpcray.raylet.tasks import Tasks
-from hpcray.resources import Shape, as_floats
+from hpcray.resources import Shape, Units, as_floats
 from hpcray.store.allocator import Allocator
 from hpcray.store.entry import HERE, INLINE, MAPPED, SPILLED, Entry, Extent
 from hpcray.store.memory import Block
@@ -71,21 +76,38 @@ class GcsHere(Protocol):
     def is_waiting_for_room(self) -> bool: ...
     def on_message(self, rank: int, message: m.PeerMessage) -> None: ...
     def end_turn(self, now: float) -> None: ...
+    def explain(self, asked: str) -> list[Finding]: ...
 
 
+@dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """What every rank knows of every other from the boot on."""
+    """What every rank knows of every other from the boot on.
 
-    __slots__ = ("arena_size", "host", "machine", "pid", "rank", "resources")
+    Attributes:
+        machine: Ranks with the same one can map each other's memory.
+        resources: What it offers, in fixed point.
+        arena_size: Bytes.
+        labels: By key.
+        gpus: The GPUs that it offers, as `gpu_variable` names them, in the order in which programs number them. Empty if it was
+            only told how many there are: their names are then "0", "1", and so on.
+        gpu_variable: The environment variable that tells a process which GPUs to use.
+        switch: The switches that lead to it, outermost first; empty if nobody tells.
+    """
 
-    def __init__(self, rank: int, host: str, machine: str, pid: int, resources: Shape, arena_size: int) -> None:
-        self.rank = rank
-        self.host = host
-        self.machine = machine
-        """Ranks with the same one can map each other's memory."""
-        self.pid = pid
-        self.resources = resources
-        self.arena_size = arena_size
+    rank: int
+    host: str
+    machine: str
+    pid: int
+    resources: Shape
+    arena_size: int
+    labels: dict[str, str] = field(default_factory=dict)
+    gpus: list[str] = field(default_factory=list)
+    gpu_variable: str = "CUDA_VISIBLE_DEVICES"
+    switch: tuple[str, ...] = ()
+
+    def gpu(self, number: int) -> str:
+        """What `gpu_variable` calls one of its GPUs."""
+        return self.gpus[number] if self.gpus else str(number)
 
 
 class RayletCore:
@@ -134,6 +156,7 @@ class RayletCore:
         self.ledger = Ledger(me.resources)
         self.pool = Pool(self.ledger, self.table, self)
         self.tasks = Tasks(self.table, self.pool, self)
+        self.groups = Groups(self.pool, self.tasks, self.table, self)
         self.calls = Calls(self.table, self)
         self.hosted = HostedActors(self.pool, self)
         self.lanes = Lanes(self.pool, self.tasks, self.calls, self.hosted, self)
@@ -156,6 +179,10 @@ class RayletCore:
             m.Define: self._on_client_define, m.DefineTemplate: self._on_client_define,
             m.OpenLane: self.lanes.on_open, m.CloseLane: self.lanes.on_close, m.LaneDone: self._on_lane_done,
             m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
+            m.CreatePlacementGroup: lambda _, x: self.to_gcs(x),
+            m.RemovePlacementGroup: lambda _, x: self.groups.on_remove(x),
+            m.AwaitPlacementGroup: self.groups.on_await,
+            m.SetupFailed: self._on_setup_failed,
         }  # fmt: skip
         self._from_peer: dict[type, Callable[[int, Any], None]] = {
             m.Execute: self._on_execute, m.ExecuteCall: self._on_execute_call, m.Finished: self._on_finished,
@@ -179,8 +206,10 @@ class RayletCore:
             m.Define: lambda _, x: self.define(x), m.DefineTemplate: lambda _, x: self.define(x),
             m.Grant: lambda _, x: self.tasks.on_grant(x), m.PlaceActor: lambda _, x: self.calls.on_place(x),
             m.ActorChanged: lambda _, x: self.calls.on_changed(x),
-            m.StopActor: lambda _, x: self.hosted.on_stop(x.actor, drain=x.drain), m.Told: self._on_told,
+            m.StopActor: lambda _, x: self.hosted.on_stop(x), m.Told: self._on_told,
             m.JobEnded: self._on_job_ended, m.StartLane: self.lanes.on_start, m.EndLane: self.lanes.on_end,
+            m.PlacementGroupChanged: lambda _, x: self.groups.on_changed(x.group, x.state),
+            m.ReserveBundles: lambda _, x: self.groups.on_reserve(x), m.ReturnBundles: lambda _, x: self.groups.on_return(x),
             m.LaneLost: lambda _, x: self.lanes.on_lost(x), m.WantLane: lambda _, x: self.lanes.on_wanted(x.client, x.lane),
         }  # fmt: skip
 
@@ -280,7 +309,10 @@ class RayletCore:
     def _definitions(self, identifier: bytes, known: set[bytes]) -> list[m.Define | m.DefineTemplate]:
         template = self.templates[identifier]
         messages: list[m.Define | m.DefineTemplate] = []
-        for blob in (template.job, template.function):
+        needed = [template.job, template.function]
+        if template.environment:
+            needed += [template.environment, *template.packages]
+        for blob in needed:
             if blob not in known:
                 known.add(blob)
                 messages.append(m.Define(blob, self.blobs[blob]))
@@ -290,6 +322,8 @@ class RayletCore:
 
     def warn_if_infeasible(self, template: m.Template) -> None:
         """Tell drivers, once per class, of a demand that no node of the job can ever meet."""
+        if template.group:
+            return  # its bundles were checked when it was called
         shape = template.actor.placement if template.actor and template.actor.placement else template.resources
         if any(all(node.resources.get(k, 0) >= v for k, v in shape.items()) for node in self.nodes):
             return
@@ -644,6 +678,17 @@ class RayletCore:
             self._push_to_worker(worker, template)
         return self._out.join(worker.client, key, is_leased=bool(template))
 
+    def assign(self, worker: Worker, units: Units) -> None:
+        """Tell a worker which of this node's GPUs are its own; none, if so."""
+        me = self.nodes[self.rank]
+        ids = [me.gpu(number) for number in units.get("GPU", ())]
+        self._out.to_client(worker.client, m.AssignGpus(me.gpu_variable, ids))
+
+    def watch_group(self, group: bytes) -> bool:
+        """Whether something may run in a placement group, some time; from now on this raylet hears of its changes."""
+        self.groups.watch(group)
+        return not self.groups.is_removed(group)
+
     def stored_value(self, worker: Worker, entry: Entry) -> m.StoredValue:
         return self.pin_for(worker.client, entry)
 
@@ -733,6 +778,27 @@ class RayletCore:
             raise InternalError("a driver reported an actor")
         self.hosted.on_started(client.worker, message)
 
+    def _on_setup_failed(self, client: Client, message: m.SetupFailed) -> None:
+        # What it was given fails at once: another worker would fail likewise, and retries are for crashes.
+        worker = client.worker
+        if worker is None:
+            raise InternalError("a driver reported that it could not be set up")
+        for work in list(worker.tasks.values()):
+            if work.actor:
+                self.hosted.on_started(worker, m.ActorReady(work.actor, message.error))
+                continue
+            del worker.tasks[work.task]
+            self.pool.release_arguments(work)
+            results: list[m.Result] = [m.InlineResult(message.error, [])] * self.templates[work.template].num_returns
+            done = m.TaskDone(work.task, results, failed=True, retry=False, seconds=0.0)
+            if work.home == self.rank:
+                self._finish_here(client, work, done)
+            else:
+                self._finish_away(client, work, done)
+        self.lanes.on_worker_gone(worker, message.error)
+        self.on_client_gone(client, "its runtime environment could not be set up")
+        self._out.kill_client(client)
+
     # ------------------------------------------------------------------------------------------------ other peers' news
     def _on_borrow(self, rank: int, message: m.Borrow) -> None:
         self.references.on_borrow(message.id, message.borrower)
@@ -768,6 +834,10 @@ class RayletCore:
 
     def _on_told(self, rank: int, message: m.Told) -> None:
         self.answer(message.client, m.Answer(message.number, message.ok, message.payload))
+
+    def explain(self, asked: str) -> list[Finding]:
+        """What is known here of something that a user asks about; on rank 0, the GCS's knowledge included."""
+        return explain(self, asked) + (self.gcs.explain(asked) if self.gcs is not None else [])
 
     def answer(self, client: int, answer: m.Answer) -> None:
         """Bring a client the answer to its query, if it still lives."""
@@ -835,7 +905,8 @@ class RayletCore:
 
     def _load(self) -> m.Load:
         room = {template: self.pool.room(template) for template in self._granted_classes}
-        return m.Load(dict(self.ledger.free), room, dict(self._granted_classes))
+        units = {name: dict(each) for name, each in self.ledger.free_units.items()}
+        return m.Load(dict(self.ledger.free), units, room, dict(self._granted_classes))
 
     def _report_load(self) -> None:
         if self.is_alone and not self.gcs_wants_load:
@@ -861,6 +932,10 @@ class RayletCore:
         self.report_due = None
         self._reported = load
         self._out.send(0, load)
+
+    def report_load(self) -> None:
+        """At the end of this turn, whatever was reported before."""
+        self._reported = None
 
     def check(self) -> None:
         """Raise InternalError if any part disagrees with another. Slow: tests and HPCRAY_CHECK=1."""

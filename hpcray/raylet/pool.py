@@ -6,7 +6,7 @@ blocks hands back what it has not started and gives its CPUs to others.
 
 Rules:
   1. Every piece of work is in exactly one place: waiting for arguments, ready, or with one worker.
-  2. free + Σ resources of leases that are not blocked (CPUs) and of all leases (the rest) = total.
+  2. Each lease has a holding of the ledger, paused while its worker is blocked.
   3. A lease is refilled before a new one is opened only when no resources are free.
 """
 
@@ -22,8 +22,8 @@ from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work, Worker
 from hpcray.raylet.dependencies import Dependencies
-from hpcray.raylet.ledger import Ledger
-from hpcray.resources import UNIT, Shape
+from hpcray.raylet.ledger import Holding, Ledger
+from hpcray.resources import UNIT, Units
 from hpcray.store.entry import HERE, INLINE, MAPPED, Entry
 from hpcray.store.table import ObjectTable
 
@@ -42,6 +42,7 @@ class PoolOut(Protocol):
     """The only way out of the pool."""
 
     def spawn_worker(self) -> Worker: ...
+    def assign(self, worker: Worker, units: Units) -> None: ...
     def retire_worker(self, worker: Worker) -> None: ...
     def run(self, worker: Worker, work: Work, values: list[m.Value]) -> None: ...
     def stored_value(self, worker: Worker, entry: Entry) -> m.StoredValue: ...
@@ -106,7 +107,7 @@ class Pool:
         """How many more could be handed over now than are ready, pipelining included."""
         if not template:
             return MOST_CALLS
-        if self.ledger.is_overdrawn(self._out.template(template).resources):
+        if self.ledger.is_overdrawn(self._out.template(template)):
             return 0
         depth = self.depth(template)
         room = 0
@@ -118,8 +119,10 @@ class Pool:
         return room - (len(queue) if queue else 0)
 
     def _slots(self, template: bytes) -> int:
-        if shape := self._out.template(template).resources:
-            return self.ledger.slots(shape)
+        spec = self._out.template(template)
+        slots = self.ledger.slots(spec)
+        if spec.resources or spec.actor is not None or not slots:
+            return slots
         return max(0, FREE_WORKERS - sum(not worker.is_blocked for worker in self.leases.get(template, ())))
 
     def dispatch(self, now: float) -> None:
@@ -153,7 +156,7 @@ class Pool:
         depth = self.depth(template)
         leases = self.leases.get(template, ())
         others_wait = len(self.ready) > 1 or bool(self.left_waiting - {template})
-        is_overdrawn = self.ledger.is_overdrawn(spec.resources)
+        is_overdrawn = self.ledger.is_overdrawn(spec)
         while queue:
             if self._slots(template):
                 if (work := self._next_ready(queue)) is not None:
@@ -180,21 +183,25 @@ class Pool:
         return True
 
     def _open_lease(self, template: bytes, spec: m.Template, now: float) -> Worker:
-        worker = self._idle_worker(spec.job)
-        self.ledger.acquire(spec.resources)
+        worker = self._idle_worker(spec.job, spec.environment)
+        worker.holding = self.ledger.acquire(spec)
         worker.template = template
         worker.lease_since = now
         self.leases.setdefault(template, []).append(worker)
+        if self.ledger.free_units:
+            self._out.assign(worker, worker.holding.units)
         return worker
 
-    def _idle_worker(self, job: bytes) -> Worker:
+    def _idle_worker(self, job: bytes, environment: bytes) -> Worker:
+        fresh = None
         for index in range(len(self.idle) - 1, -1, -1):
-            if self.idle[index].job in (b"", job):
-                worker = self.idle.pop(index)
-                break
-        else:
-            worker = self._out.spawn_worker()
-        worker.job = job
+            worker = self.idle[index]
+            if worker.job == job and worker.environment == environment:
+                return self.idle.pop(index)
+            if not worker.job and fresh is None:
+                fresh = index
+        worker = self._out.spawn_worker() if fresh is None else self.idle.pop(fresh)
+        worker.job, worker.environment = job, environment
         return worker
 
     def has_slot(self, template: bytes) -> bool:
@@ -278,16 +285,27 @@ class Pool:
     def _end_lease_if_done(self, worker: Worker) -> None:
         if worker.tasks or worker.template is None or worker.actor is not None or worker.is_lent:
             return
+        # A program that has used a GPU keeps memory on it.
+        has_units = bool(worker.holding and worker.holding.units)
         self._close_lease(worker)
-        if len(self.idle) < self.keep_idle:
-            self.idle.append(worker)
-        else:
+        if has_units:
             self._out.retire_worker(worker)
+            return
+        if len(self.idle) >= self.keep_idle:
+            kind = (worker.job, worker.environment)
+            # Rather one of a job or environment that was not asked for of late: to set up another like this costs more.
+            other = next((w for w in self.idle if (w.job, w.environment) != kind), worker)
+            self._out.retire_worker(other)
+            if other is worker:
+                return
+            self.idle.remove(other)
+        self.idle.append(worker)
 
     def _close_lease(self, worker: Worker) -> None:
         assert worker.template is not None
-        spec = self._out.template(worker.template)
-        self.ledger.release(_held(spec.resources, blocked=worker.is_blocked))
+        assert worker.holding is not None
+        self.ledger.release(worker.holding)
+        worker.holding = None
         leases = self.leases[worker.template]
         leases.remove(worker)
         if not leases:
@@ -299,16 +317,22 @@ class Pool:
         """The work will not run here, or has run: its arguments may go."""
         self.arguments.release(work)
 
-    def withdraw(self, template: bytes, is_meant: Callable[[Work], bool]) -> None:
+    def withdraw(self, template: bytes, is_meant: Callable[[Work], bool]) -> list[Work]:
         """Forget work of a class that no worker has yet, and that is meant."""
         ready = self.ready.pop(template, ())
         kept = deque(work for work in ready if not is_meant(work))
         if kept:
             self.ready[template] = kept
-        for work in [work for work in ready if is_meant(work)]:
+        withdrawn = [work for work in ready if is_meant(work)]
+        withdrawn += self.arguments.missing(lambda work: work.template == template and is_meant(work))
+        for work in withdrawn:
             self.release_arguments(work)
-        for work in self.arguments.missing(lambda work: work.template == template and is_meant(work)):
-            self.release_arguments(work)
+        return withdrawn
+
+    @property
+    def classes_without_worker(self) -> set[bytes]:
+        """The classes of work that no worker has yet."""
+        return {*self.ready, *(work.template for work in self.arguments.missing(lambda _: True))}
 
     def _runs_anything(self) -> bool:
         workers = [worker for leases in self.leases.values() for worker in leases]
@@ -322,17 +346,17 @@ class Pool:
 
     def on_blocked(self, worker: Worker) -> None:
         """The worker waits for objects: its CPUs are free meanwhile."""
-        if worker.template is None or worker.is_blocked:
+        if worker.holding is None or worker.is_blocked:
             return
         worker.is_blocked = True
-        self.ledger.release(_cpus(self._out.template(worker.template).resources))
+        self.ledger.pause(worker.holding)
 
     def on_unblocked(self, worker: Worker) -> None:
         """The worker goes on, whether or not its CPUs are free."""
-        if worker.template is None or not worker.is_blocked:
+        if worker.holding is None or not worker.is_blocked:
             return
         worker.is_blocked = False
-        self.ledger.acquire(_cpus(self._out.template(worker.template).resources))
+        self.ledger.resume(worker.holding)
 
     def on_gone(self, worker: Worker) -> list[Work]:
         """The worker's process ended: what was running there (to be failed or retried by its home)."""
@@ -361,30 +385,23 @@ class Pool:
 
     def drop_job(self, is_of_job: Callable[[bytes], bool]) -> None:
         """Forget what waits for workers and belongs to an ended job."""
-        for template in {*self.ready, *(work.template for work in self.arguments.missing(lambda _: True))}:
+        for template in self.classes_without_worker:
             if template and is_of_job(template) and self._out.template(template).actor is None:
                 self.withdraw(template, lambda _: True)
 
     def check(self) -> None:
         """Raise InternalError if leases, workers and ledger disagree. Slow: tests and HPCRAY_CHECK=1."""
         self.arguments.check()
-        held: Shape = {}
+        holdings: list[Holding] = []
         for template, workers in self.leases.items():
             for worker in workers:
-                if worker.template != template or worker in self.idle:
+                if worker.template != template or worker in self.idle or worker.holding is None:
                     raise InternalError(f"worker {worker.client.number} is leased to a class and does not know it")
-                for name, amount in _held(self._out.template(template).resources, blocked=worker.is_blocked).items():
-                    held[name] = held.get(name, 0) + amount
-        for name, total in self.ledger.total.items():
-            if self.ledger.free[name] + held.get(name, 0) != total:
-                raise InternalError(f"{name}: {self.ledger.free} free and {held} held are not {self.ledger.total}")
+                if worker.holding.is_paused != worker.is_blocked:
+                    raise InternalError(
+                        f"worker {worker.client.number} is blocked, and its CPUs are not, or the reverse"
+                    )
+                holdings.append(worker.holding)
+        self.ledger.check(holdings)
         if any(worker.tasks or worker.template is not None for worker in self.idle):
             raise InternalError("an idle worker has something to do")
-
-
-def _cpus(shape: Shape) -> Shape:
-    return {"CPU": shape["CPU"]} if "CPU" in shape else {}
-
-
-def _held(shape: Shape, *, blocked: bool) -> Shape:
-    return {name: amount for name, amount in shape.items() if not (blocked and name == "CPU")}

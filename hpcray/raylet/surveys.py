@@ -16,6 +16,7 @@ import msgspec
 from hpcray import payload
 from hpcray.exceptions import InternalError
 from hpcray.ids import client_of, home_of, index_of
+from hpcray.observe.findings import Finding
 from hpcray.observe.statistics import Amount, ObjectReport, ObjectsWanted, StoreStatistics, Traffic
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Client
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 _STATES = {PENDING: "pending", INLINE: "inline", MAPPED: "mapped", AWAY: "elsewhere", SPILLED: "spilled"}
 
-STATISTICS, OBJECTS = "store_statistics", "objects"
-TOPICS = (STATISTICS, OBJECTS)
+STATISTICS, OBJECTS, EXPLAIN = "store_statistics", "objects", "explain"
+TOPICS = (STATISTICS, OBJECTS, EXPLAIN)
 """Topics of `Query` that are surveys."""
 
 
@@ -40,6 +41,7 @@ class SurveysOut(Protocol):
     def answer(self, client: int, answer: m.Answer) -> None: ...
     def client_name(self, client: Client) -> str: ...
     def template(self, identifier: bytes) -> m.Template: ...
+    def explain(self, asked: str) -> list[Finding]: ...
 
 
 class Surveys:
@@ -95,9 +97,11 @@ class Surveys:
         """Send what this raylet has to say."""
         asked, self.asked = self.asked, []
         for rank, survey in asked:
-            answer: StoreStatistics | list[ObjectReport]
+            answer: StoreStatistics | list[ObjectReport] | list[Finding]
             if survey.topic == STATISTICS:
                 answer = self.statistics(now)
+            elif survey.topic == EXPLAIN:
+                answer = self._out.explain(msgspec.msgpack.decode(survey.arguments, type=str))
             else:
                 answer = self.report(msgspec.msgpack.decode(survey.arguments, type=ObjectsWanted))
             self._out.send(rank, m.Surveyed(survey.client, survey.number, msgspec.msgpack.encode(answer)))

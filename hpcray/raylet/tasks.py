@@ -40,6 +40,7 @@ class TasksOut(Protocol):
     def template(self, identifier: bytes) -> m.Template: ...
     def count_arrival(self, template: bytes) -> None: ...
     def warn_if_infeasible(self, template: m.Template) -> None: ...
+    def watch_group(self, group: bytes) -> bool: ...
 
 
 class Task:
@@ -122,10 +123,14 @@ class Tasks:
         task.runs_on = NOWHERE
         queue = self.queues.get(task.template)
         if queue is None:
+            template = self._out.template(task.template)
+            if template.group and not self._out.watch_group(template.group):
+                self._fail(task, payload.group_removed(template.group, template.name))
+                return
             queue = self.queues[task.template] = deque()
             if task.template not in self._looked_at:
                 self._looked_at.add(task.template)
-                self._out.warn_if_infeasible(self._out.template(task.template))
+                self._out.warn_if_infeasible(template)
         queue.append(task)
 
     # --------------------------------------------------------------------------------------------------------- placing
@@ -143,11 +148,7 @@ class Tasks:
             template = self._out.template(identifier)
             if self._may_stay(template):
                 room = self._pool.room(identifier)
-                if (
-                    room == 0
-                    and identifier not in self._pool.leases
-                    and self._pool.ledger.could_fit(template.resources)
-                ):
+                if room == 0 and identifier not in self._pool.leases and self._pool.ledger.could_fit(template):
                     left_waiting.add(identifier)
                 while queue and room > 0:
                     self._start_here(queue.popleft())
@@ -253,6 +254,14 @@ class Tasks:
             for task in self.queues.pop(template):
                 name = self._out.template(template).name
                 self._fail(task, payload.system_error("WorkerCrashedError", f"the job of {name} has ended"))
+
+    def fail_group(self, group: bytes) -> None:
+        """A placement group was removed: what waits for it fails."""
+        for identifier in list(self.queues):
+            template = self._out.template(identifier)
+            if template.group == group:
+                for task in self.queues.pop(identifier):
+                    self._fail(task, payload.group_removed(group, template.name))
 
     def _retry(self, task: Task) -> bool:
         if task.retries == 0:

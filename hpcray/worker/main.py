@@ -6,17 +6,22 @@ import gc
 import os
 import socket
 
-from hpcray.client import Client, set_client
+from hpcray.client import Client, EnvironmentAsked, set_client
 from hpcray.exceptions import RaySystemError
 from hpcray.protocol import messages as m
+from hpcray.runtime_context import assign_gpus
 from hpcray.worker import output
 from hpcray.worker.executor import Executor
 
 
 def main(sock: socket.socket) -> None:
     """Serve on a connected socket. Blocks for the life of the worker."""
+    serve(Client(sock, is_driver=False))
+
+
+def serve(client: Client) -> None:
+    """Be a worker on this connection, as `main`."""
     output.install()
-    client = Client(sock, is_driver=False)
     set_client(client)
     inbox = client.inbox
 
@@ -32,6 +37,7 @@ def main(sock: socket.socket) -> None:
 
     executor = Executor(client)
     client.before_blocking = hand_back
+    client.on_gpus = assign_gpus
     try:
         while True:
             if not inbox:
@@ -41,6 +47,13 @@ def main(sock: socket.socket) -> None:
             if not inbox:
                 break
             executor.run(inbox.popleft())
+    except EnvironmentAsked as asked:
+        from hpcray.environments.entering import enter, failure  # most workers do without
+
+        try:
+            enter(client, asked.template)
+        except Exception as error:
+            client.send(m.SetupFailed(failure(error)))
     except RaySystemError:
         # The raylet is gone, and with it everybody who could be told.
         os._exit(1)

@@ -26,6 +26,8 @@ COMMANDS: dict[str, list[str]] = {
     "boot": ["bench_boot.py"],
     "idle": ["bench_idle.py"],
     "transfer": ["mpirun", "4", "bench_transfer.py"],
+    "scheduling": ["bench_scheduling.py"],
+    "policies": ["bench_policies.py"],
 }
 """What follows `python`, all but `--quick`."""
 MORE_COMMANDS: dict[str, list[str]] = {
