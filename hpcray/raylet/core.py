@@ -196,8 +196,8 @@ class RayletCore:
             m.MapObject: lambda rank, x: self.transfers.on_map(x.id, rank),
             m.ObjectMapped: lambda rank, x: self.transfers.pulls.on_mapped(x, rank),
             m.UnmapObject: lambda rank, x: self.transfers.on_unmap(x.id, rank),
-            m.RecallMapping: lambda rank, x: self.table.on_recall(x.id, rank),
-            m.CopyLost: lambda rank, x: self.table.on_copy_lost(x, rank),
+            m.RecallMapping: lambda rank, x: self.table.pressure.on_recall(x.id, rank),
+            m.CopyLost: lambda rank, x: self.table.pressure.on_copy_lost(x, rank),
             m.PullFailed: lambda rank, x: self.transfers.pulls.on_pull_failed(x, rank),
             m.PullFrom: lambda rank, x: self.transfers.pulls.on_redirected(x, rank),
             m.HastenPull: lambda rank, x: self.transfers.on_hasten(x, rank),
@@ -470,7 +470,7 @@ class RayletCore:
                 return
             client.reserving.discard(message.id)
             if block is None:
-                error = payload.system_error("ObjectStoreFullError", self.table.why_full(message.size))
+                error = payload.system_error("ObjectStoreFullError", self.table.pressure.why_full(message.size))
                 self._out.to_client(client, m.ReserveFailed(message.id, error))
             else:
                 client.reserved[message.id] = block

@@ -180,7 +180,7 @@ class RankServer:
             core.end_turn(self.loop.now)
             if self._config.check:
                 core.check()
-            self._set_timer(core.table.next_expiry)
+            self._set_timer(core.table.pressure.next_expiry)
             self._set_timer(core.report_due)
         for channel in self._dirty:
             channel.flush()

@@ -126,7 +126,7 @@ class Surveys:
                     pinned[block.offset] = size
             count(self._state(entry), size)
         freed = [self._allocator.size_of(offset) for offset in self._table.memory.freed]
-        spiller = self._table.spiller
+        spiller = self._table.pressure.spiller
         states = {state: Amount(*amount) for state, amount in amounts.items()}
         primary, secondary, unused = (states.get(state, Amount()) for state in ("primary", "copy", "unused"))
         freed_bytes = sum(freed)

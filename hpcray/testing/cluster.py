@@ -66,7 +66,7 @@ class Node:
     def would_retry(self) -> bool:
         """Whether time alone brings it on: a write that failed would be tried again, and succeed."""
         table = self.core.table
-        return table.memory.is_waited_for and table.spiller.retry_at is not None and not self.disk_is_full
+        return table.memory.is_waited_for and table.pressure.spiller.retry_at is not None and not self.disk_is_full
 
     def end_turn(self) -> None:
         """What a turn of the event loop ends with: the cores act, then each peer gets one frame."""
@@ -359,7 +359,7 @@ class Cluster:
         for node in self.ranks:
             core = node.core
             core.check()
-            if core.memory.is_waited_for and (core.memory.has_news or core.table.next_expiry is None):
+            if core.memory.is_waited_for and (core.memory.has_news or core.table.pressure.next_expiry is None):
                 raise AssertionError(f"rank {node.rank}: somebody waits for room, and nobody looks at the clock for it")
         for process in self.processes:
             process.check()

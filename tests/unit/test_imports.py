@@ -22,7 +22,7 @@ MAY_IMPORT_MPI = {
 CORES = {
     "protocol/messages.py", "protocol/codec.py", "ids.py", "resources.py", "payload.py", "exceptions.py",
     "store/table.py", "store/entry.py", "store/references.py", "store/memory.py", "store/transfers.py", "store/pulls.py",
-    "store/allocator.py", "store/first_touch.py", "store/spilling.py",
+    "store/allocator.py", "store/first_touch.py", "store/spilling.py", "store/pressure.py",
     "raylet/core.py", "raylet/tasks.py", "raylet/calls.py", "raylet/pool.py", "raylet/actors.py", "raylet/ledger.py",
     "raylet/lanes.py", "raylet/groups.py", "raylet/clients.py", "raylet/surveys.py", "raylet/dependencies.py",
     "raylet/sharing.py", "raylet/explaining.py", "observe/statistics.py", "observe/findings.py",

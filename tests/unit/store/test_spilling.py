@@ -222,7 +222,7 @@ def test_the_home_keeps_the_last_copy_if_the_primary_one_is_lost(table, out):
     table.set_away(x, FAR, 1024, [])
     table.when_local(x, lambda _: None)
     out.arrive()
-    table.on_copy_lost(m.CopyLost(x, b"an error"), FAR)
+    table.pressure.on_copy_lost(m.CopyLost(x, b"an error"), FAR)
     assert table.entries[x].is_primary
     assert table.memory.primaries
 
@@ -232,7 +232,7 @@ def test_the_home_gives_the_error_of_the_disk_to_all_who_ask(table, out):
     table.references.create(x)
     table.set_away(x, FAR, 1024, [])
     error = payload.system_error("ObjectLostError", "the disk", x.hex())
-    table.on_copy_lost(m.CopyLost(x, error), FAR)
+    table.pressure.on_copy_lost(m.CopyLost(x, error), FAR)
     table.on_locate(x, NEIGHBOUR)
     assert out.take() == [(NEIGHBOUR, m.Located(x, error, len(error), []))]
 
@@ -246,12 +246,12 @@ def test_what_could_not_be_written_stays_and_is_tried_again_after_a_pause(table,
     assert [table.entries[i].spilled is not None for i in ids] == [True, False, False, False]
     table.end_turn(1.5 + RETRY_PAUSE / 2)
     assert not out.writing
-    assert table.next_expiry == 1.5 + RETRY_PAUSE
+    assert table.pressure.next_expiry == 1.5 + RETRY_PAUSE
     table.end_turn(1.5 + RETRY_PAUSE)
     assert len(out.writing[0][0]) == 3
     finish_write(out)
     assert len(told) == 1
-    assert not table.spiller.error
+    assert not table.pressure.spiller.error
 
 
 def test_of_two_writes_the_one_that_succeeds_does_not_make_up_for_the_one_that_failed():
@@ -268,10 +268,10 @@ def test_of_two_writes_the_one_that_succeeds_does_not_make_up_for_the_one_that_f
     ask(table, 32 * MEGABYTE)
     table.end_turn(0.5)
     assert not out.writing
-    assert table.spiller.error == "No space left on device"
+    assert table.pressure.spiller.error == "No space left on device"
     table.end_turn(0.5 + RETRY_PAUSE)
     finish_write(out)
-    assert not table.spiller.error
+    assert not table.pressure.spiller.error
 
 
 def test_where_nothing_is_left_to_write_no_retry_is_waited_for(table, out):
@@ -285,7 +285,7 @@ def test_where_nothing_is_left_to_write_no_retry_is_waited_for(table, out):
     table.end_turn(RETRY_PAUSE)
     assert not out.writing
     assert not told
-    assert table.next_expiry == PATIENCE, "a time that has passed would keep the event loop turning"
+    assert table.pressure.next_expiry == PATIENCE, "a time that has passed would keep the event loop turning"
 
 
 def test_who_waits_in_vain_is_told_what_the_disk_said_and_the_objects_are_there(table, out):
@@ -298,13 +298,13 @@ def test_who_waits_in_vain_is_told_what_the_disk_said_and_the_objects_are_there(
             finish_write(out, "No space left on device, in /scratch", count=0)
             table.end_turn(now)
             continue
-        due = table.next_expiry
+        due = table.pressure.next_expiry
         assert due is not None
         now = max(now, due)
         table.end_turn(now)
     assert told == [None]
     assert now == PATIENCE
-    assert "4,096 bytes could not be spilled (No space left on device, in /scratch)" in table.why_full(1024)
+    assert "4,096 bytes could not be spilled (No space left on device, in /scratch)" in table.pressure.why_full(1024)
     assert [state(table, i) for i in ids] == [HERE] * 4
 
 
@@ -435,7 +435,7 @@ def test_a_mapping_that_is_called_back_ends_with_the_last_look(table, out):
     assert block is not None
     table.memory.pin(block)
     out.take()
-    table.on_recall(x, NEIGHBOUR)
+    table.pressure.on_recall(x, NEIGHBOUR)
     assert not out.take()
     table.memory.unpin(block)
     assert out.take() == [(NEIGHBOUR, m.UnmapObject(x))]
@@ -456,7 +456,7 @@ def test_small_objects_share_a_file_and_large_demands_several_writers():
     ask(table, 40 * MEGABYTE)
     table.end_turn(0.0)
     assert len(out.writing) == 4
-    assert table.spiller.under_way >= size // 4
+    assert table.pressure.spiller.under_way >= size // 4
     table.check()
 
 

@@ -803,7 +803,7 @@ def test_when_the_time_of_a_large_request_is_over_those_behind_it_are_served(tab
     table.end_turn(0.0)
     small = ask(table, 64)
     table.end_turn(1.0)
-    assert table.next_expiry == PATIENCE
+    assert table.pressure.next_expiry == PATIENCE
     table.end_turn(PATIENCE)
     assert large == [None]
     assert len(small) == 1
