@@ -821,7 +821,7 @@ class RayletCore:
 
     def _load(self) -> m.Load:
         room = {template: self.pool.room(template) for template in self._granted_classes}
-        return m.Load(dict(self.ledger.free), room, dict(self._granted_classes))
+        return m.Load(dict(self.ledger.free), {}, room, dict(self._granted_classes))
 
     def _report_load(self) -> None:
         if self.is_alone and not self.gcs_wants_load:

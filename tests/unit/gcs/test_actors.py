@@ -87,11 +87,11 @@ def test_the_node_with_the_fewest_actors_is_chosen(directory):
 
 def test_without_room_it_waits_until_a_node_reports_some(directory):
     for node in directory.nodes.values():
-        node.on_load(m.Load({"CPU": 0}, {}, {}))
+        node.on_load(m.Load({"CPU": 0}, {}, {}, {}))
     directory.register(A)
     directory.place()
     assert directory.is_waiting_for_room
-    directory.nodes[1].on_load(m.Load(CPU, {}, {}))
+    directory.nodes[1].on_load(m.Load(CPU, {}, {}, {}))
     directory.place()
     assert directory.records[A].rank == 1
     assert not directory.is_waiting_for_room
@@ -100,7 +100,7 @@ def test_without_room_it_waits_until_a_node_reports_some(directory):
 @pytest.mark.parametrize(("soft", "rank"), [(False, -1), (True, 0)])
 def test_affinity_to_a_full_node(soft, rank):
     directory = Directory(node=1, node_is_soft=soft)
-    directory.nodes[1].on_load(m.Load({"CPU": 0}, {}, {}))
+    directory.nodes[1].on_load(m.Load({"CPU": 0}, {}, {}, {}))
     record = directory.register(A)
     directory.place()
     assert record.rank == rank

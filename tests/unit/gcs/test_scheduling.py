@@ -34,7 +34,7 @@ def granted(grants: list[tuple[int, m.Grant]]) -> Counter[tuple[int, int]]:
 
 
 def load(free: int, room: dict[bytes, int] | None = None, arrived: dict[bytes, int] | None = None) -> m.Load:
-    return m.Load({"CPU": free * UNIT}, room or {}, arrived or {})
+    return m.Load({"CPU": free * UNIT}, {}, room or {}, arrived or {})
 
 
 def test_no_more_is_granted_than_there_is_room_for():
