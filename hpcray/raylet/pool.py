@@ -2,17 +2,22 @@
 
 A *lease* ties a worker to one scheduling class (template) and holds that class's resources once, however many tasks flow
 through it. Short tasks are pipelined: how many a worker is given at a time follows from how long they take. A worker that
-blocks hands back what it has not started and gives its CPUs to others.
+blocks hands back what it has not started and gives its CPUs to others; one whose task turns out to be long is in no position
+to do so, and what waits behind it is taken back.
 
 Rules:
   1. Every piece of work is in exactly one place: waiting for arguments, ready, or with one worker.
   2. free + Σ resources of leases that are not blocked (CPUs) and of all leases (the rest) = total.
   3. A lease is refilled before a new one is opened only when no resources are free.
+  4. A task that is sent to a worker behind another is worth a token. The worker takes one before it starts such a task, the
+     raylet takes all that are left when it wants its tasks back: whoever has the token has the task, so none runs twice.
+     Since both know the order, n tokens are the last n tasks. Tokens do not say which task they are for: until the worker
+     has answered `Recalled`, it is sent nothing behind another task.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Protocol
@@ -23,6 +28,7 @@ from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work, Worker
 from hpcray.raylet.dependencies import Dependencies
 from hpcray.raylet.ledger import Ledger
+from hpcray.raylet.queues import ClassQueue
 from hpcray.resources import UNIT, Shape
 from hpcray.store.entry import HERE, INLINE, MAPPED, Entry
 from hpcray.store.table import ObjectTable
@@ -36,6 +42,10 @@ MOST_CALLS = 1 << 30
 """Calls that actors may have at a time: they run in turn, whatever else does."""
 FREE_WORKERS = 64
 """Workers that a class which asks for no resources may have at a time, blocked ones aside: nothing else bounds them."""
+LOOK_SECONDS = 0.02
+"""How often workers that have several tasks are looked at: one that runs the same as the last time gives up the others."""
+RETURN_SECONDS = 0.05
+"""A class that has had too few workers for so long gives its work back to the homes, which may find other ranks for it."""
 
 
 class PoolOut(Protocol):
@@ -43,7 +53,10 @@ class PoolOut(Protocol):
 
     def spawn_worker(self) -> Worker: ...
     def retire_worker(self, worker: Worker) -> None: ...
-    def run(self, worker: Worker, work: Work, values: list[m.Value]) -> None: ...
+    def run(self, worker: Worker, work: Work, values: list[m.Value], *, is_behind: bool = False) -> None: ...
+    def add_tokens(self, worker: Worker, count: int) -> None: ...
+    def take_tokens(self, worker: Worker) -> int: ...
+    def recalled(self, worker: Worker, works: list[Work]) -> None: ...
     def stored_value(self, worker: Worker, entry: Entry) -> m.StoredValue: ...
     def template(self, identifier: bytes) -> m.Template: ...
     def could_not_run(self, work: Work, error: bytes) -> None: ...
@@ -56,13 +69,25 @@ class Pool:
         self.ledger = ledger
         self._table = table
         self._out = out
-        self.ready: dict[bytes, deque[Work]] = {}
+        self.now = 0.0
+        self.ready: dict[bytes, ClassQueue[Work]] = {}
         self.leases: dict[bytes, list[Worker]] = {}
         self.idle: list[Worker] = []
         self.left_waiting: set[bytes] = set()
-        """Classes for which there was no room at all and that might have some if leases of others ended."""
+        """Classes that have no room and might have some if leases of others ended."""
+        self.look_due: float | None = None
+        """When to `look_behind` long tasks: only set while a worker has several."""
+        self.return_due: float | None = None
+        """When to `take_overdue`: only set while work waits that could go elsewhere."""
         self._drained: list[Worker] = []
         self._seconds: dict[bytes, float] = {}
+        self._served: dict[bytes, int] = {}
+        """Per class, when it was last given a worker: a serial number."""
+        self._leases_opened = 0
+        self._short_since: dict[bytes, float] = {}
+        """Classes of which each turn since then has left something without a worker."""
+        self._tokens: dict[Worker, int] = {}
+        """Of this turn: to be added before the tasks are sent."""
         self.arguments = Dependencies(table, self._runs_anything)
         self.keep_idle = max(1, ledger.total.get("CPU", 0) // UNIT)
 
@@ -75,18 +100,27 @@ class Pool:
 
     def push(self, work: Work) -> None:
         """Queue work whose arguments are here."""
-        queue = self.ready.get(work.template)
-        if queue is None:
-            queue = self.ready[work.template] = deque()
-        queue.append(work)
+        self._queue(work.template).push(work.task, work)
 
     def _push_first(self, work: Work) -> None:
-        self.ready.setdefault(work.template, deque()).appendleft(work)
+        self._queue(work.template).push_first(work.task, work)
 
-    def _next_ready(self, queue: deque[Work]) -> Work | None:
+    def _queue(self, template: bytes) -> ClassQueue[Work]:
+        queue = self.ready.get(template)
+        if queue is None:
+            queue = self.ready[template] = ClassQueue()
+        return queue
+
+    def hasten(self, task: bytes, template: bytes | None = None) -> None:
+        """A worker waits for this task (of that class, if it is known): it goes first, should it be ready and waiting."""
+        for known in self.ready if template is None else (template,):
+            if (queue := self.ready.get(known)) is not None and queue.hasten(task):
+                return
+
+    def _next_ready(self, queue: ClassQueue[Work]) -> Work | None:
         """Take the first of a queue whose arguments are (still) here; those whose are not wait for them."""
         while queue:
-            work = queue.popleft()
+            work = queue.pop()
             if not work.dependencies or self.arguments.take(work, partial(self._push_first, work)):
                 return work
         return None
@@ -102,7 +136,11 @@ class Pool:
         """How many more tasks of this class would find a place here now, those counted that wait for arguments."""
         return max(0, self._places(template) - self.arguments.count_missing(template))
 
-    def _places(self, template: bytes) -> int:
+    def room_for_awaited(self, template: bytes) -> int:
+        """Likewise if somebody waits for them, so that they go before others that are ready."""
+        return max(0, self._places(template, are_awaited=True))
+
+    def _places(self, template: bytes, *, are_awaited: bool = False) -> int:
         """How many more could be handed over now than are ready, pipelining included."""
         if not template:
             return MOST_CALLS
@@ -112,10 +150,11 @@ class Pool:
         room = 0
         for worker in self.leases.get(template, ()):
             if not worker.is_blocked and not worker.is_lent:
-                room += depth - len(worker.tasks)
+                room += max(0, (1 if worker.is_recalling else depth) - len(worker.tasks))
         room += self._slots(template) * depth
-        queue = self.ready.get(template)
-        return room - (len(queue) if queue else 0)
+        if (queue := self.ready.get(template)) is None:
+            return room
+        return room - len(queue.awaited if are_awaited else queue)
 
     def _slots(self, template: bytes) -> int:
         if shape := self._out.template(template).resources:
@@ -124,6 +163,7 @@ class Pool:
 
     def dispatch(self, now: float) -> None:
         """Give ready work to workers, as far as resources and depth allow, then bring what others lack. Once per loop turn."""
+        self.now = now
         self._dispatch(now)
         while self.arguments.is_waiting:
             count = len(self.ready)
@@ -138,52 +178,71 @@ class Pool:
         return bool(self.ready) or self.arguments.is_waiting
 
     def _dispatch(self, now: float) -> None:
-        starving: set[bytes] = set()
-        for template, queue in list(self.ready.items()):
-            count = len(queue)
-            if not self._dispatch_class(template, now, others_starve=bool(starving)):
-                starving.add(template)
-                if len(queue) < count:
-                    # It was given something: next time, those that were not are looked at first.
-                    self.ready[template] = self.ready.pop(template)
+        for template in self._in_turn() if len(self.ready) > 1 else list(self.ready):
+            self._dispatch_class(template, now)
 
-    def _dispatch_class(self, template: bytes, now: float, *, others_starve: bool) -> bool:
+    def _in_turn(self) -> list[bytes]:
+        """The classes that are ready: what workers wait for first, then those whose job, or who themselves have the least."""
+        claims = self._claims(self.ready)
+        return sorted(claims, key=lambda template: (claims[template], self._served.get(template, 0)))
+
+    def _claims(self, templates: Iterable[bytes]) -> dict[bytes, tuple[bool, int, int]]:
+        """Of classes, how weak their claim to a worker is: nobody waits for them, they have so many, by job and by class."""
+        counts: dict[bytes, int] = {}
+        for template, workers in self.leases.items():
+            job = self._out.template(template).job
+            counts[template] = sum(not worker.is_blocked for worker in workers)
+            counts[job] = counts.get(job, 0) + counts[template]
+        claims: dict[bytes, tuple[bool, int, int]] = {}
+        for template in templates:
+            queue = self.ready.get(template)
+            is_awaited = queue is not None and bool(queue.awaited)
+            job = self._out.template(template).job
+            claims[template] = (not is_awaited, counts.get(job, 0), counts.get(template, 0))
+        return claims
+
+    def _must_share(self, template: bytes) -> bool:
+        """Whether a class waits that has a better claim to this one's workers."""
+        if len(self.ready) == 1 and self.left_waiting <= {template}:
+            return False
+        claims = self._claims({template, *self.ready, *self.left_waiting})
+        return min(claims.values()) < claims[template]
+
+    def _dispatch_class(self, template: bytes, now: float) -> None:
         queue = self.ready[template]
         spec = self._out.template(template)
         depth = self.depth(template)
         leases = self.leases.get(template, ())
-        others_wait = len(self.ready) > 1 or bool(self.left_waiting - {template})
+        must_share = self._must_share(template)
         is_overdrawn = self.ledger.is_overdrawn(spec.resources)
         while queue:
             if self._slots(template):
                 if (work := self._next_ready(queue)) is not None:
                     self._give(self._open_lease(template, spec, now), work)
                 continue
-            worker_with_room = None
+            room = 0
             for worker in leases:
-                if is_overdrawn or worker.is_blocked or len(worker.tasks) >= depth or worker.actor is not None:
+                if is_overdrawn or worker.is_blocked or worker.is_lent or worker.actor is not None:
                     continue
-                if worker.is_lent:
+                if must_share and now - worker.lease_since > LEASE_SECONDS:
                     continue
-                if (others_starve or others_wait) and now - worker.lease_since > LEASE_SECONDS:
-                    continue
-                worker_with_room = worker
-                break
-            if worker_with_room is None:
-                return False
-            for _ in range(max(1, (depth - len(worker_with_room.tasks)) // 2)):
+                if (room := (1 if worker.is_recalling else depth) - len(worker.tasks)) > 0:
+                    break
+            else:
+                return
+            for _ in range(max(1, room // 2)):
                 if (work := self._next_ready(queue)) is None:
                     break
-                self._give(worker_with_room, work)
+                self._give(worker, work)
         if not self.ready[template]:
             del self.ready[template]
-        return True
 
     def _open_lease(self, template: bytes, spec: m.Template, now: float) -> Worker:
         worker = self._idle_worker(spec.job)
         self.ledger.acquire(spec.resources)
         worker.template = template
         worker.lease_since = now
+        self._served[template] = self._leases_opened = self._leases_opened + 1
         self.leases.setdefault(template, []).append(worker)
         return worker
 
@@ -221,10 +280,16 @@ class Pool:
             self._out.could_not_run(work, values)
             self._drained.append(worker)
             return
+        is_behind = bool(worker.tasks)
         worker.tasks[work.task] = work
         if work.actor:
             worker.actor = work.actor
-        self._out.run(worker, work, values)
+        if is_behind:
+            self._tokens[worker] = self._tokens.get(worker, 0) + 1
+            if self.look_due is None:
+                self.look_due = self.now + LOOK_SECONDS
+                worker.seen = next(iter(worker.tasks))
+        self._out.run(worker, work, values, is_behind=is_behind)
         self.arguments.hand_over(work)
 
     def values_for(self, worker: Worker, work: Work) -> list[m.Value] | bytes:
@@ -302,11 +367,11 @@ class Pool:
     def withdraw(self, template: bytes, is_meant: Callable[[Work], bool]) -> None:
         """Forget work of a class that no worker has yet, and that is meant."""
         ready = self.ready.pop(template, ())
-        kept = deque(work for work in ready if not is_meant(work))
-        if kept:
-            self.ready[template] = kept
-        for work in [work for work in ready if is_meant(work)]:
-            self.release_arguments(work)
+        for work in ready:
+            if is_meant(work):
+                self.release_arguments(work)
+            else:
+                self._queue(template).push(work.task, work)
         for work in self.arguments.missing(lambda work: work.template == template and is_meant(work)):
             self.release_arguments(work)
 
@@ -318,8 +383,73 @@ class Pool:
         """A worker that blocks returned tasks which it had not started: they go first."""
         for task in reversed(list(tasks)):
             if (work := worker.tasks.pop(task, None)) is not None:
-                self.ready.setdefault(work.template, deque()).appendleft(work)
+                self._push_first(work)
 
+    # ---------------------------------------------------------------------------------------------------- taking back
+    def add_tokens(self) -> None:
+        """At the end of a turn, before what it has to say is sent."""
+        for worker, count in self._tokens.items():
+            self._out.add_tokens(worker, count)
+        self._tokens.clear()
+
+    def look_behind(self, now: float) -> None:
+        """Take back what waits behind tasks that have been running since the last look."""
+        self.now, self.look_due = now, None
+        for worker in [worker for leases in self.leases.values() for worker in leases]:
+            if len(worker.tasks) < 2:
+                continue
+            first = next(iter(worker.tasks))
+            if worker.seen == first:
+                self._recall(worker)
+            else:
+                worker.seen = first
+                self.look_due = now + LOOK_SECONDS
+
+    def _recall(self, worker: Worker) -> None:
+        count = self._out.take_tokens(worker)
+        if not count:
+            return  # it has started them, or handed them back: its news is on its way
+        works = list(worker.tasks.values())[-count:]
+        for work in reversed(works):
+            del worker.tasks[work.task]
+            self._push_first(work)
+        if not worker.tasks:
+            self._drained.append(worker)
+        template = works[0].template
+        self._seconds[template] = max(self._seconds.get(template, 0.0), LOOK_SECONDS)
+        self._short_since[template] = -math.inf  # it has waited long enough
+        worker.is_recalling = True
+        self._out.recalled(worker, works)
+
+    def take_overdue(self, now: float) -> list[Work]:
+        """After `dispatch`: take out what has waited for a worker so long that another rank may have one earlier. In order."""
+        self.return_due = None
+        overdue: list[Work] = []
+        for template in [known for known in self._short_since if known not in self.ready]:
+            del self._short_since[template]
+        for template, queue in list(self.ready.items()):
+            if not self._may_go(self._out.template(template)):
+                continue
+            due = self._short_since.setdefault(template, now) + RETURN_SECONDS
+            if due > now:
+                self.return_due = due if self.return_due is None else min(due, self.return_due)
+                continue
+            del self.ready[template], self._short_since[template]
+            overdue.extend(queue)
+        for work in overdue:
+            self.release_arguments(work)
+        return overdue
+
+    @property
+    def is_short(self) -> bool:
+        """Whether `take_overdue` has something to do."""
+        return bool(self.ready or self._short_since)
+
+    @staticmethod
+    def _may_go(spec: m.Template) -> bool:
+        return spec.actor is None and (spec.node is None or spec.node_is_soft)
+
+    # ------------------------------------------------------------------------------------------------ blocking and deaths
     def on_blocked(self, worker: Worker) -> None:
         """The worker waits for objects: its CPUs are free meanwhile."""
         if worker.template is None or worker.is_blocked:
@@ -342,16 +472,16 @@ class Pool:
         works = list(worker.tasks.values())
         worker.tasks.clear()
         is_actor = worker.actor is not None
+        self._tokens.pop(worker, None)
         if worker.template is not None:
             worker.actor = None
             self._close_lease(worker)
-        for index, work in enumerate(works):
-            if index == 0 or is_actor:
-                self.release_arguments(work)
-                lost.append(work)
-            else:
-                # Never started: it costs no attempt.
-                self.ready.setdefault(work.template, deque()).appendleft(work)
+        for work in works if is_actor else works[:1]:
+            self.release_arguments(work)
+            lost.append(work)
+        if not is_actor:
+            for work in reversed(works[1:]):
+                self._push_first(work)  # Never started: it costs no attempt.
         return lost
 
     def prestart(self, count: int) -> None:
