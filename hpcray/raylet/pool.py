@@ -84,6 +84,8 @@ class Pool:
         self._served: dict[bytes, int] = {}
         """Per class, when it was last given a worker: a serial number."""
         self._leases_opened = 0
+        self._blocked = 0
+        """Workers that wait for objects."""
         self._short_since: dict[bytes, float] = {}
         """Classes of which each turn since then has left something without a worker."""
         self._tokens: dict[Worker, int] = {}
@@ -111,11 +113,17 @@ class Pool:
             queue = self.ready[template] = ClassQueue()
         return queue
 
-    def hasten(self, task: bytes, template: bytes | None = None) -> None:
-        """A worker waits for this task (of that class, if it is known): it goes first, should it be ready and waiting."""
-        for known in self.ready if template is None else (template,):
-            if (queue := self.ready.get(known)) is not None and queue.hasten(task):
+    def hasten(self, task: bytes) -> None:
+        """A worker waits for a task of another home: it goes first, should it be ready and waiting."""
+        for queue in self.ready.values():
+            if queue.hasten(task):
                 return
+
+    def hasten_own(self, work: Work) -> None:
+        """A worker waits for this: it goes first, now or when it comes back from where it is."""
+        work.is_awaited = True
+        if (queue := self.ready.get(work.template)) is not None:
+            queue.hasten(work.task)
 
     def _next_ready(self, queue: ClassQueue[Work]) -> Work | None:
         """Take the first of a queue whose arguments are (still) here; those whose are not wait for them."""
@@ -344,10 +352,13 @@ class Pool:
         if worker.tasks or worker.template is None or worker.actor is not None or worker.is_lent:
             return
         self._close_lease(worker)
-        if len(self.idle) < self.keep_idle:
-            self.idle.append(worker)
-        else:
-            self._out.retire_worker(worker)
+        self.idle.append(worker)
+        # Where many are blocked, tasks are nested, and as many will be needed again. A worker serves one job only, so each may
+        # keep some, or jobs that take turns would start a process each time.
+        of_job = [other for other in self.idle if other.job == worker.job]
+        for surplus in of_job[: max(0, len(of_job) - self.keep_idle - self._blocked)]:
+            self.idle.remove(surplus)
+            self._out.retire_worker(surplus)
 
     def _close_lease(self, worker: Worker) -> None:
         assert worker.template is not None
@@ -358,6 +369,7 @@ class Pool:
         if not leases:
             del self.leases[worker.template]
         worker.template = None
+        self._blocked -= worker.is_blocked
         worker.is_blocked = worker.is_lent = False
 
     def release_arguments(self, work: Work) -> None:
@@ -416,10 +428,13 @@ class Pool:
         if not worker.tasks:
             self._drained.append(worker)
         template = works[0].template
-        self._seconds[template] = max(self._seconds.get(template, 0.0), LOOK_SECONDS)
+        self._count_as_long(template)
         self._short_since[template] = -math.inf  # it has waited long enough
         worker.is_recalling = True
         self._out.recalled(worker, works)
+
+    def _count_as_long(self, template: bytes) -> None:
+        self._seconds[template] = max(self._seconds.get(template, 0.0), LOOK_SECONDS)
 
     def take_overdue(self, now: float) -> list[Work]:
         """After `dispatch`: take out what has waited for a worker so long that another rank may have one earlier. In order."""
@@ -455,6 +470,8 @@ class Pool:
         if worker.template is None or worker.is_blocked:
             return
         worker.is_blocked = True
+        self._blocked += 1
+        self._count_as_long(worker.template)  # others would have to be handed back, or be started before their turn
         self.ledger.release(_cpus(self._out.template(worker.template).resources))
 
     def on_unblocked(self, worker: Worker) -> None:
@@ -462,6 +479,7 @@ class Pool:
         if worker.template is None or not worker.is_blocked:
             return
         worker.is_blocked = False
+        self._blocked -= 1
         self.ledger.acquire(_cpus(self._out.template(worker.template).resources))
 
     def on_gone(self, worker: Worker) -> list[Work]:
@@ -508,6 +526,8 @@ class Pool:
         for name, total in self.ledger.total.items():
             if self.ledger.free[name] + held.get(name, 0) != total:
                 raise InternalError(f"{name}: {self.ledger.free} free and {held} held are not {self.ledger.total}")
+        if self._blocked != sum(worker.is_blocked for workers in self.leases.values() for worker in workers):
+            raise InternalError(f"{self._blocked} workers are said to be blocked")
         if any(worker.tasks or worker.template is not None for worker in self.idle):
             raise InternalError("an idle worker has something to do")
 

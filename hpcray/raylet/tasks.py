@@ -59,6 +59,7 @@ class Task:
         "retries",
         "runs_on",
         "template",
+        "work",
     )
 
     def __init__(self, message: m.Submit, template: m.Template) -> None:
@@ -72,6 +73,8 @@ class Task:
         self.attempt = 0
         self.missing = 0
         self.runs_on = NOWHERE
+        self.work: Work | None = None
+        """While it is with the pool of this rank."""
         self.is_awaited = False
         """A worker here waits for it."""
         self.is_dropped = False
@@ -127,6 +130,7 @@ class Tasks:
             self._fail(task, payload.dependency_error(self._out.template(task.template).name, error))
             return
         task.runs_on = NOWHERE
+        task.work = None
         queue = self.queues.get(task.template)
         if queue is None:
             queue = self.queues[task.template] = ClassQueue()
@@ -150,8 +154,8 @@ class Tasks:
                 task.is_awaited = True
                 if task.missing:
                     waiting.extend(task_of(dependency) for dependency in task.dependencies)
-                elif task.runs_on == self._out.rank:
-                    self._pool.hasten(identifier, task.template)
+                elif task.work is not None:
+                    self._pool.hasten_own(task.work)
                 elif (queue := self.queues.get(task.template)) is not None:
                     queue.hasten(identifier)
 
@@ -230,7 +234,7 @@ class Tasks:
         here = self._out.rank
         task.runs_on = here
         dependencies = describe_dependencies(self._table, task.dependencies) if task.dependencies else []
-        work = Work(task.id, here, task.attempt, task.template, task.arguments, dependencies)
+        work = task.work = Work(task.id, here, task.attempt, task.template, task.arguments, dependencies)
         work.is_awaited = task.is_awaited
         self._pool.accept(work)
 
