@@ -73,8 +73,8 @@ class Pool:
         self.ready: dict[bytes, ClassQueue[Work]] = {}
         self.leases: dict[bytes, list[Worker]] = {}
         self.idle: list[Worker] = []
-        self.left_waiting: set[bytes] = set()
-        """Classes that have no room and might have some if leases of others ended."""
+        self.left_waiting: dict[bytes, bool] = {}
+        """Classes that have no room and might have some if leases of others ended. True: workers wait for it."""
         self.look_due: float | None = None
         """When to `look_behind` long tasks: only set while a worker has several."""
         self.return_due: float | None = None
@@ -204,24 +204,27 @@ class Pool:
         claims: dict[bytes, tuple[bool, int, int]] = {}
         for template in templates:
             queue = self.ready.get(template)
-            is_awaited = queue is not None and bool(queue.awaited)
+            is_awaited = self.left_waiting.get(template, False) or (queue is not None and bool(queue.awaited))
             job = self._out.template(template).job
             claims[template] = (not is_awaited, counts.get(job, 0), counts.get(template, 0))
         return claims
 
-    def _must_share(self, template: bytes) -> bool:
-        """Whether a class waits that has a better claim to this one's workers."""
-        if len(self.ready) == 1 and self.left_waiting <= {template}:
-            return False
+    def _lease_seconds(self, template: bytes) -> float:
+        """After how long a lease of this class is not refilled: that depends on whether others have a better claim."""
+        if len(self.ready) == 1 and self.left_waiting.keys() <= {template}:
+            return math.inf
         claims = self._claims({template, *self.ready, *self.left_waiting})
-        return min(claims.values()) < claims[template]
+        own, best = claims[template], min(claims.values())
+        if best == own:
+            return math.inf
+        return LEASE_SECONDS if best[0] == own[0] else -math.inf
 
     def _dispatch_class(self, template: bytes, now: float) -> None:
         queue = self.ready[template]
         spec = self._out.template(template)
         depth = self.depth(template)
         leases = self.leases.get(template, ())
-        must_share = self._must_share(template)
+        lease_seconds = self._lease_seconds(template)
         is_overdrawn = self.ledger.is_overdrawn(spec.resources)
         while queue:
             if self._slots(template):
@@ -232,7 +235,7 @@ class Pool:
             for worker in leases:
                 if is_overdrawn or worker.is_blocked or worker.is_lent or worker.actor is not None:
                     continue
-                if must_share and now - worker.lease_since > LEASE_SECONDS:
+                if now - worker.lease_since > lease_seconds:
                     continue
                 if (room := (1 if worker.is_recalling else depth) - len(worker.tasks)) > 0:
                     break

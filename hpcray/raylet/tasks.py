@@ -182,7 +182,7 @@ class Tasks:
                     self._start_here(queue.pop())
                     room -= 1
                 if queue and self._pool.ledger.could_fit(template.resources):
-                    left_waiting.add(identifier)
+                    left_waiting[identifier] = bool(queue.awaited)
             if not queue:
                 del self.queues[identifier]
             waiting = len(queue)
@@ -225,7 +225,7 @@ class Tasks:
                     grant.rank, m.Execute(task.id, task.attempt, task.template, task.arguments, dependencies)
                 )
         if not queue:
-            self._pool.left_waiting.discard(grant.template)
+            self._pool.left_waiting.pop(grant.template, None)
             del self.queues[grant.template]
             if self._asked.get(grant.template) == 0:
                 del self._asked[grant.template]

@@ -17,7 +17,7 @@ from hpcray.gcs.core import GcsCore
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import decode_from_client, decode_from_peer, decode_from_raylet, encode
 from hpcray.raylet.clients import Client
-from hpcray.raylet.core import NodeInfo, RayletCore
+from hpcray.raylet.core import LOAD_DELAY, NodeInfo, RayletCore
 from hpcray.raylet.lanes import Key
 from hpcray.resources import UNIT, Shape
 from hpcray.store.entry import Extent
@@ -331,9 +331,12 @@ class Cluster:
                 self.deliver(choose(links))
                 if check:
                     self.check()
-            if not any(node.core.report_due is not None or node.would_retry for node in self.ranks):
+            if any(node.core.report_due is not None for node in self.ranks):
+                self.advance(LOAD_DELAY)
+            elif any(node.would_retry for node in self.ranks):
+                self.advance(1.0)
+            else:
                 return
-            self.advance(1.0)
 
     def advance(self, seconds: float) -> None:
         """Let time pass; every rank looks at the clock."""
