@@ -82,7 +82,7 @@ class Pool:
         self._drained: list[Worker] = []
         self._seconds: dict[bytes, float] = {}
         self._served: dict[bytes, int] = {}
-        """Per class, when it was last given a worker: a serial number."""
+        """Per class and per job, when it was last given a worker: a serial number."""
         self._leases_opened = 0
         self._blocked = 0
         """Workers that wait for objects."""
@@ -191,8 +191,14 @@ class Pool:
 
     def _in_turn(self) -> list[bytes]:
         """The classes that are ready: what workers wait for first, then those whose job, or who themselves have the least."""
-        claims = self._claims(self.ready)
-        return sorted(claims, key=lambda template: (claims[template], self._served.get(template, 0)))
+        claims, served = self._claims(self.ready), self._served
+
+        def place(template: bytes) -> tuple[bool, int, int, int, int]:
+            not_awaited, of_job, of_class = claims[template]
+            job_served = served.get(self._out.template(template).job, 0)
+            return not_awaited, of_job, job_served, of_class, served.get(template, 0)
+
+        return sorted(claims, key=place)
 
     def _claims(self, templates: Iterable[bytes]) -> dict[bytes, tuple[bool, int, int]]:
         """Of classes, how weak their claim to a worker is: nobody waits for them, they have so many, by job and by class."""
@@ -253,7 +259,8 @@ class Pool:
         self.ledger.acquire(spec.resources)
         worker.template = template
         worker.lease_since = now
-        self._served[template] = self._leases_opened = self._leases_opened + 1
+        self._leases_opened += 1
+        self._served[template] = self._served[spec.job] = self._leases_opened
         self.leases.setdefault(template, []).append(worker)
         return worker
 
