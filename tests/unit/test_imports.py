@@ -24,7 +24,8 @@ CORES = {
     "store/table.py", "store/entry.py", "store/references.py", "store/memory.py", "store/transfers.py", "store/pulls.py",
     "store/allocator.py", "store/first_touch.py", "store/spilling.py",
     "raylet/core.py", "raylet/tasks.py", "raylet/calls.py", "raylet/pool.py", "raylet/actors.py", "raylet/ledger.py",
-    "raylet/lanes.py", "raylet/clients.py", "raylet/surveys.py", "raylet/dependencies.py", "observe/statistics.py",
+    "raylet/lanes.py", "raylet/clients.py", "raylet/surveys.py", "raylet/dependencies.py", "raylet/queues.py",
+    "observe/statistics.py",
     "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py",
 }  # fmt: skip
 IMPURE = {

@@ -175,7 +175,7 @@ def test_pins_for_recalled_tasks_are_given_back():
 
 @pytest.mark.parametrize("cpus", [[1, 1], [0, 1, 1]])
 def test_what_finds_no_worker_here_goes_home_and_runs_on_another_rank(cpus):
-    cluster, _, _, worker = with_a_queue(cpus)
+    cluster, _, _, _ = with_a_queue(cpus)
     assert len(cluster.running) == 1
     pass_looks(cluster)
     assert {w.rank for w in cluster.running} == {rank for rank, count in enumerate(cpus) if count}
