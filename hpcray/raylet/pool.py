@@ -186,51 +186,52 @@ class Pool:
         return bool(self.ready) or self.arguments.is_waiting
 
     def _dispatch(self, now: float) -> None:
-        for template in self._in_turn() if len(self.ready) > 1 else list(self.ready):
-            self._dispatch_class(template, now)
+        if len(self.ready) == 1 and self.left_waiting.keys() <= self.ready.keys():
+            self._dispatch_class(next(iter(self.ready)), now, math.inf)  # nobody competes with it
+            return
+        shares = self._shares()
+        claims = {template: self._claim(template, shares) for template in {*self.ready, *self.left_waiting}}
+        for template in sorted(self.ready, key=claims.__getitem__):
+            self._dispatch_class(template, now, self._lease_seconds(template, claims))
 
-    def _in_turn(self) -> list[bytes]:
-        """The classes that are ready: what workers wait for first, then those whose job, or who themselves have the least."""
-        claims, served = self._claims(self.ready), self._served
-
-        def place(template: bytes) -> tuple[bool, int, int, int, int]:
-            not_awaited, of_job, of_class = claims[template]
-            job_served = served.get(self._out.template(template).job, 0)
-            return not_awaited, of_job, job_served, of_class, served.get(template, 0)
-
-        return sorted(claims, key=place)
-
-    def _claims(self, templates: Iterable[bytes]) -> dict[bytes, tuple[bool, int, int]]:
-        """Of classes, how weak their claim to a worker is: nobody waits for them, they have so many, by job and by class."""
-        counts: dict[bytes, int] = {}
+    def _shares(self) -> dict[tuple[bytes, str], int]:
+        """How many workers that run tasks each job has, by resource, and each class."""
+        shares: dict[tuple[bytes, str], int] = {}
         for template, workers in self.leases.items():
-            job = self._out.template(template).job
-            counts[template] = sum(not worker.is_blocked for worker in workers)
-            counts[job] = counts.get(job, 0) + counts[template]
-        claims: dict[bytes, tuple[bool, int, int]] = {}
-        for template in templates:
-            queue = self.ready.get(template)
-            is_awaited = self.left_waiting.get(template, False) or (queue is not None and bool(queue.awaited))
-            job = self._out.template(template).job
-            claims[template] = (not is_awaited, counts.get(job, 0), counts.get(template, 0))
-        return claims
+            spec = self._out.template(template)
+            if spec.actor is None:
+                count = shares[template, ""] = sum(not worker.is_blocked for worker in workers)
+                for name in spec.resources:
+                    shares[spec.job, name] = shares.get((spec.job, name), 0) + count
+        return shares
 
-    def _lease_seconds(self, template: bytes) -> float:
-        """After how long a lease of this class is not refilled: that depends on whether others have a better claim."""
-        if len(self.ready) == 1 and self.left_waiting.keys() <= {template}:
-            return math.inf
-        claims = self._claims({template, *self.ready, *self.left_waiting})
-        own, best = claims[template], min(claims.values())
-        if best == own:
-            return math.inf
-        return LEASE_SECONDS if best[0] == own[0] else -math.inf
+    def _claim(self, template: bytes, shares: dict[tuple[bytes, str], int]) -> tuple[bool, int, int, int, int]:
+        """How weak a class's claim to a worker is: nobody waits for it, its job has many, had one lately, the class has."""
+        spec, served = self._out.template(template), self._served
+        queue = self.ready.get(template)
+        is_awaited = self.left_waiting.get(template, False) or (queue is not None and bool(queue.awaited))
+        of_job = max((shares.get((spec.job, name), 0) for name in spec.resources), default=0)
+        of_class = shares.get((template, ""), 0)
+        return not is_awaited, of_job, served.get(spec.job, 0), of_class, served.get(template, 0)
 
-    def _dispatch_class(self, template: bytes, now: float) -> None:
+    def _lease_seconds(self, template: bytes, claims: dict[bytes, tuple[bool, int, int, int, int]]) -> float:
+        """After how long a lease of this class is not refilled: others that need the same may have a better claim."""
+        names = self._out.template(template).resources.keys()
+        own, limit = claims[template], math.inf
+        for other, claim in claims.items():
+            if other == template or names.isdisjoint(self._out.template(other).resources):
+                continue
+            if claim[0] < own[0]:
+                return -math.inf
+            if (claim[1], claim[3]) < (own[1], own[3]):
+                limit = LEASE_SECONDS
+        return limit
+
+    def _dispatch_class(self, template: bytes, now: float, lease_seconds: float) -> None:
         queue = self.ready[template]
         spec = self._out.template(template)
         depth = self.depth(template)
         leases = self.leases.get(template, ())
-        lease_seconds = self._lease_seconds(template)
         is_overdrawn = self.ledger.is_overdrawn(spec.resources)
         while queue:
             if self._slots(template):
