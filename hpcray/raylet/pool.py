@@ -127,7 +127,7 @@ class Pool:
 
     def _next_ready(self, queue: ClassQueue[Work]) -> Work | None:
         """Take the first of a queue whose arguments are (still) here; those whose are not wait for them."""
-        while queue:
+        while queue.awaited or queue.others:
             work = queue.pop()
             if not work.dependencies or self.arguments.take(work, partial(self._push_first, work)):
                 return work

@@ -53,7 +53,7 @@ class ClassQueue(Generic[Item]):
         Raises:
             KeyError: There is none.
         """
-        return (self.awaited or self.others).popitem(last=False)[1]
+        return (self.awaited or self.others).popitem(False)[1]
 
     def hasten(self, task: bytes) -> bool:
         """Somebody waits for an item: it is the first now. False if it is not here."""

@@ -173,14 +173,11 @@ class Tasks:
             queue = self.queues[identifier]
             template = self._out.template(identifier)
             if self._may_stay(template):
-                room = self._pool.room_for_awaited(identifier) if queue.awaited else 0
-                while queue.awaited and room > 0:
+                if queue.awaited:
+                    for _ in range(min(len(queue.awaited), self._pool.room_for_awaited(identifier))):
+                        self._start_here(queue.pop())
+                for _ in range(min(len(queue), self._pool.room(identifier))):
                     self._start_here(queue.pop())
-                    room -= 1
-                room = self._pool.room(identifier)
-                while queue and room > 0:
-                    self._start_here(queue.pop())
-                    room -= 1
                 if queue and self._pool.ledger.could_fit(template.resources):
                     left_waiting[identifier] = bool(queue.awaited)
             if not queue:
