@@ -110,6 +110,9 @@ class Client:
         self.blobs: dict[bytes, bytes] = {}
         self.inbox: deque[m.Run] = deque()
         self.exit_asked = False
+        self._gpus: m.AssignGpus | None = None
+        self._tokens = -1
+        """In workers: the right to start what was sent behind another task, see `raylet/pool.py`."""
         self.on_log: Callable[[m.LogLines], None] = lambda _lines: None
         self.on_gpus: Callable[[m.AssignGpus], None] = lambda _gpus: None
         self.before_blocking: Callable[[], None] = lambda: None
@@ -177,7 +180,8 @@ class Client:
             m.Registered: self._on_registered, m.Refused: self._on_refused, m.MapArena: self._on_map_arena,
             m.LogLines: lambda lines: self.on_log(lines), m.Exit: self._on_exit, m.Exists: self._on_exists,
             m.LaneOpened: self._on_lane_opened, m.LaneClosed: self._on_lane_closed, m.LaneWanted: self._on_lane_wanted,
-            m.ServeLane: self._on_serve_lane, m.AssignGpus: lambda message: self.on_gpus(message),
+            m.ServeLane: self._on_serve_lane, m.AssignGpus: self._on_assign_gpus,
+            m.Recalled: self._on_recalled,
         }  # fmt: skip
 
     def register(self, namespace: str, sys_path: list[str], *, log_to_driver: bool) -> None:
@@ -784,6 +788,24 @@ class Client:
         if self._blocked:
             self.before_blocking()
 
+    def may_start(self, work: m.Run) -> bool:
+        """In workers: take the right to start (or to hand back) a task. False: the raylet has taken it back."""
+        if work.is_behind:
+            try:
+                os.eventfd_read(self._tokens)
+            except BlockingIOError:
+                return False
+        return True
+
+    def _on_recalled(self, message: m.Recalled) -> None:
+        recalled = set(message.tasks)
+        with contextlib.suppress(IndexError):  # others may be taking from it
+            for _ in range(len(self.inbox)):
+                work = self.inbox.popleft()
+                if work.task not in recalled:
+                    self.inbox.append(work)
+        self.send(m.RecallDone())
+
     def _on_inline_object(self, message: m.InlineObject) -> None:
         if message.id in self._counts:
             self._values[message.id] = message.data
@@ -857,6 +879,13 @@ class Client:
         self.namespace = message.namespace
         self.inline_limit = message.inline_limit
         self._arenas[message.rank] = Arena.attach(self._descriptors.popleft())
+        if not self.is_driver:
+            self._tokens = self._descriptors.popleft()
+            os.set_inheritable(self._tokens, False)
+
+    def _on_assign_gpus(self, message: m.AssignGpus) -> None:
+        self._gpus = message
+        self.on_gpus(message)
 
     def _on_refused(self, message: m.Refused) -> None:
         self._refusal = message.reason
@@ -916,14 +945,16 @@ class Client:
             Frames, the descriptors that go with them, and the socket's. All stay open here.
         """
         assert self._registered is not None
-        arenas = {self.rank: self._arenas[self.rank], **self._arenas}
+        others = {rank: arena for rank, arena in self._arenas.items() if rank != self.rank}
         known = [
             self._registered,
-            *(m.MapArena(rank, arena.size) for rank, arena in arenas.items() if rank != self.rank),
+            *([self._gpus] if self._gpus is not None else []),
+            *(m.MapArena(rank, arena.size) for rank, arena in others.items()),
             *(m.Define(identifier, blob) for identifier, blob in self.blobs.items() if identifier not in without),
             *(m.DefineTemplate(identifier, template) for identifier, template in self.templates.items()),
         ]
-        descriptors = [*(arena.fd for arena in arenas.values()), *self._descriptors]
+        own = [self._arenas[self.rank].fd, self._tokens]
+        descriptors = [*own, *(arena.fd for arena in others.values()), *self._descriptors]
         return stream_frame(known) + self._unread + bytes(self._buffer), descriptors, self._sock.fileno()
 
     def resume(self, frames: bytes, descriptors: Iterable[int]) -> None:

@@ -354,9 +354,13 @@ class AwaitPlacementGroup(Message, tag=29):
     data: bytes
 
 
+class RecallDone(Message, tag=35):
+    """A worker's answer to `Recalled`: it has none of these tasks any more."""
+
+
 # -------------------------------------------------------------------------------------------------------- raylet → client
 class Registered(Message, tag=40):
-    """First message to every client; the arena's descriptor comes with it."""
+    """First message to every client; the arena's descriptor comes with it, and for a worker that of its tokens."""
 
     rank: int
     prefix: bytes
@@ -385,6 +389,8 @@ class Run(Message, tag=42):
     arguments: bytes
     values: list[Value]
     num_returns: int
+    is_behind: bool = False
+    """It was sent behind another task: not to be started without a token."""
 
 
 class InlineObject(Message, tag=43):
@@ -502,9 +508,15 @@ class LaneReply(Message, tag=58):
     data: bytes | None
 
 
+class Recalled(Message, tag=65):
+    """To a worker: the raylet has taken the tokens of these tasks, which are its again. Answered by `RecallDone`."""
+
+    tasks: list[bytes]
+
+
 # -------------------------------------------------------------------------------------------------------- raylet → raylet
 class Execute(Message, tag=70):
-    """Home → executor, for a task that the GCS granted. Answered by `Finished` or `Crashed`."""
+    """Home → executor, for a task that the GCS granted. Answered by `Finished`, `Crashed` or `Returned`."""
 
     task: bytes
     attempt: int
@@ -541,6 +553,13 @@ class Crashed(Message, tag=73):
     task: bytes
     attempt: int
     error: bytes
+
+
+class Returned(Message, tag=99):
+    """Executor → home: it had no worker for the task, which was not started. Of several, the last comes first."""
+
+    task: bytes
+    attempt: int
 
 
 class Locate(Message, tag=74):
@@ -944,12 +963,12 @@ ClientMessage: TypeAlias = (
     RegisterDriver | StopJob | Define | DefineTemplate | Submit | CreateActor | Call | Get | StopGetting | Watch | PutInline
     | Reserve | Seal | Unreserve | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady
     | Unblocked | Kill | Query | OpenLane | CloseLane | LaneDone | LaneIdle | CreatePlacementGroup | RemovePlacementGroup
-    | AwaitPlacementGroup | SetupFailed
+    | AwaitPlacementGroup | SetupFailed | RecallDone
 )  # fmt: skip
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed
     | MapArena | Answer | LogLines | Exit | Exists | LaneOpened | LaneClosed | LaneWanted | ServeLane | LaneReply
-    | AssignGpus
+    | AssignGpus | Recalled
 )  # fmt: skip
 PeerMessage: TypeAlias = (
     Define | DefineTemplate | Execute | ExecuteCall | Finished | Crashed | Locate | Located | Borrow | Borrowed | Unborrow
@@ -959,5 +978,5 @@ PeerMessage: TypeAlias = (
     | Demand | Load | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor | WatchActor
     | Ask | EndJob | CreatePlacementGroup | RemovePlacementGroup | WatchPlacementGroup | BundlesReserved
     | PlacementGroupChanged | ReserveBundles | ReturnBundles | Grant | PlaceActor | ActorChanged | StopActor | Told
-    | JobEnded | Shutdown | StartLane | EndLane | LaneLost | WantLane
+    | JobEnded | Shutdown | StartLane | EndLane | LaneLost | WantLane | Returned
 )  # fmt: skip

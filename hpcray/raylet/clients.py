@@ -46,7 +46,8 @@ class Worker:
     """A worker process of the pool, as the scheduler of this raylet sees it."""
 
     __slots__ = (
-        "actor", "client", "environment", "holding", "is_blocked", "is_lent", "job", "lease_since", "tasks", "template",
+        "actor", "client", "environment", "holding", "is_blocked", "is_lent", "is_recalling", "job", "lease_since", "seen",
+        "tasks", "template",
     )  # fmt: skip
 
     def __init__(self, client: Client) -> None:
@@ -66,14 +67,18 @@ class Worker:
         self.lease_since = 0.0
         self.is_lent = False
         """A driver sends it the tasks of its lease itself."""
+        self.seen = b""
+        """What it ran when it had several tasks and was looked at last."""
+        self.is_recalling = False
+        """It has not answered `Recalled`: nothing may be sent to it behind another task."""
 
 
 class Work:
     """A task, actor creation or actor call that is to run on this raylet."""
 
     __slots__ = (
-        "actor", "arguments", "arrival", "attempt", "dependencies", "error", "home", "method", "num_returns", "task",
-        "template",
+        "actor", "arguments", "arrival", "attempt", "dependencies", "error", "home", "is_awaited", "method", "num_returns",
+        "task", "template",
     )  # fmt: skip
 
     def __init__(
@@ -102,3 +107,5 @@ class Work:
         """Its place among all work that came here with arguments."""
         self.error: bytes | None = None
         """Why one of them could not be brought."""
+        self.is_awaited = False
+        """A worker waits for it."""

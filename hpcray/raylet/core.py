@@ -67,6 +67,8 @@ class RayletOut(Protocol):
     def show(self, lines: m.LogLines) -> None: ...
     def new_tag(self, rank: int) -> int: ...
     def join(self, worker: Client, key: Key, *, is_leased: bool) -> bool: ...
+    def add_tokens(self, worker: Client, count: int) -> None: ...
+    def take_tokens(self, worker: Client) -> int: ...
 
 
 class GcsHere(Protocol):
@@ -164,7 +166,7 @@ class RayletCore:
         """Messages of this rank to itself; handled before the turn ends."""
         self._reported: m.Load | None = None
         self.report_due: float | None = None
-        """When a report that could wait has to be made: `end_turn` is to be called then."""
+        """When a report that could wait has to be made."""
         self._granted_classes: dict[bytes, int] = {}
         self._warned: set[bytes] = set()
         self.gcs: GcsHere | None = None
@@ -178,7 +180,7 @@ class RayletCore:
             m.CreateActor: self._on_create_actor, m.Kill: self._on_kill, m.Query: self._on_query,
             m.Define: self._on_client_define, m.DefineTemplate: self._on_client_define,
             m.OpenLane: self.lanes.on_open, m.CloseLane: self.lanes.on_close, m.LaneDone: self._on_lane_done,
-            m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
+            m.RecallDone: self._on_recall_done, m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
             m.CreatePlacementGroup: lambda _, x: self.to_gcs(x),
             m.RemovePlacementGroup: lambda _, x: self.groups.on_remove(x),
             m.AwaitPlacementGroup: self.groups.on_await,
@@ -210,6 +212,7 @@ class RayletCore:
             m.JobEnded: self._on_job_ended, m.StartLane: self.lanes.on_start, m.EndLane: self.lanes.on_end,
             m.PlacementGroupChanged: lambda _, x: self.groups.on_changed(x.group, x.state),
             m.ReserveBundles: lambda _, x: self.groups.on_reserve(x), m.ReturnBundles: lambda _, x: self.groups.on_return(x),
+            m.Returned: self.tasks.on_returned,
             m.LaneLost: lambda _, x: self.lanes.on_lost(x), m.WantLane: lambda _, x: self.lanes.on_wanted(x.client, x.lane),
         }  # fmt: skip
 
@@ -518,11 +521,17 @@ class RayletCore:
                 self.surveys.misses += is_spilled
                 client.wanted.add(identifier)
         if message.blocks:
-            self._block_if_waiting(client)
+            self._block_if_waiting(client, message.ids)
 
-    def _block_if_waiting(self, client: Client) -> None:
+    def _block_if_waiting(self, client: Client, identifiers: list[bytes]) -> None:
         if client.worker is not None and (client.wanted or client.watched):
             self.pool.on_blocked(client.worker)
+            self.tasks.hasten([i for i in reversed(identifiers) if i in client.wanted or i in client.watched])
+
+    def _unblock_if_served(self, client: Client) -> None:
+        # The worker says so itself when it goes on. Until then something new would take its CPU, and might block in turn.
+        if client.worker is not None and not client.wanted and not client.watched:
+            self.pool.on_unblocked(client.worker)
 
     def _deliver_wanted(self, client: Client, identifier: bytes, error: bytes | None) -> None:
         if identifier not in client.wanted:
@@ -534,6 +543,7 @@ class RayletCore:
             entry = self.table.entries[identifier]
             self.surveys.misses += entry.state == HERE and not entry.is_primary
             self._send_object(client, entry)
+        self._unblock_if_served(client)
 
     def _send_object(self, client: Client, entry: Entry) -> None:
         if entry.state == INLINE:
@@ -574,7 +584,7 @@ class RayletCore:
                 client.watched.add(identifier)
         if ready:
             self._out.to_client(client, m.Ready(ready))
-        self._block_if_waiting(client)
+        self._block_if_waiting(client, message.ids)
 
     def _tell_ready(self, client: Client, identifier: bytes) -> None:
         if identifier in client.watched:
@@ -635,8 +645,27 @@ class RayletCore:
             return
         for task in message.tasks:
             if (work := worker.tasks.get(task)) is not None:
-                self._on_unpin(client, m.Unpin([d.id for d in work.dependencies if isinstance(d, m.RemoteDependency)]))
+                self._unpin_arguments(client, work)
         self.pool.on_handed_back(worker, message.tasks)
+
+    def _unpin_arguments(self, client: Client, work: Work) -> None:
+        self._on_unpin(client, m.Unpin([d.id for d in work.dependencies if isinstance(d, m.RemoteDependency)]))
+
+    def add_tokens(self, worker: Worker, count: int) -> None:
+        self._out.add_tokens(worker.client, count)
+
+    def take_tokens(self, worker: Worker) -> int:
+        return self._out.take_tokens(worker.client)
+
+    def recalled(self, worker: Worker, works: list[Work]) -> None:
+        """Tell a worker that these are no longer its."""
+        for work in works:
+            self._unpin_arguments(worker.client, work)
+        self._out.to_client(worker.client, m.Recalled([work.task for work in works]))
+
+    def _on_recall_done(self, client: Client, message: m.RecallDone) -> None:
+        if client.worker is not None:
+            client.worker.is_recalling = False
 
     # ------------------------------------------------------------------------------------------------------ executing
     def _on_execute(self, home: int, message: m.Execute) -> None:
@@ -652,15 +681,14 @@ class RayletCore:
     def _on_execute_call(self, home: int, message: m.ExecuteCall) -> None:
         self.hosted.on_call(message, home)
 
-    def run(self, worker: Worker, work: Work, values: list[m.Value]) -> None:
+    def run(self, worker: Worker, work: Work, values: list[m.Value], *, is_behind: bool = False) -> None:
         """Send work to a worker, with the definitions that it lacks."""
         client = worker.client
         template = work.template
         if template and template not in client.known:
             self._push_to_worker(worker, template)
-        self._out.to_client(
-            client, m.Run(work.task, template, work.actor, work.method, work.arguments, values, work.num_returns)
-        )
+        run = m.Run(work.task, template, work.actor, work.method, work.arguments, values, work.num_returns, is_behind)
+        self._out.to_client(client, run)
 
     def _push_to_worker(self, worker: Worker, template: bytes) -> None:
         client = worker.client
@@ -862,10 +890,19 @@ class RayletCore:
         handler(rank, message)
         return True
 
+    @property
+    def next_due(self) -> float | None:
+        """When `end_turn` is to be called even if nothing happens until then; None: not at all."""
+        pool = self.pool
+        dues = (self.table.pressure.next_expiry, self.report_due, pool.look_due, pool.return_due)
+        return min((due for due in dues if due is not None), default=None)
+
     def end_turn(self, now: float) -> None:
         """Place, dispatch and report what this turn changed, until nothing is left to do inside this rank."""
         self.now = now
         tasks, pool = self.tasks, self.pool
+        if pool.look_due is not None and pool.look_due <= now:
+            pool.look_behind(now)
         while True:
             self.table.end_turn(now)
             if self.surveys.asked:
@@ -876,6 +913,8 @@ class RayletCore:
                 pool.dispatch(now)
             if pool.end_idle_leases() and (pool.has_work or tasks.queues):
                 continue  # what they held may be just what others wait for
+            if not self.is_alone and pool.is_short and self._return_overdue(now):
+                continue
             self._report_load()
             if self.gcs is not None:
                 self.gcs.end_turn(now)
@@ -886,6 +925,18 @@ class RayletCore:
             messages, self._loopback = self._loopback, []
             for message in messages:
                 self.on_peer_message(self.rank, message)
+        pool.add_tokens()
+
+    def _return_overdue(self, now: float) -> bool:
+        """Give back to their homes what other ranks may run earlier. True if some of it is of this rank."""
+        returned = self.pool.take_overdue(now)
+        for work in reversed(returned):
+            message = m.Returned(work.task, work.attempt)
+            if work.home == self.rank:
+                self.tasks.on_returned(self.rank, message)
+            else:
+                self._out.send(work.home, message)
+        return any(work.home == self.rank for work in returned)
 
     def _free_lanes(self) -> None:
         # What waits still, at the end of a turn, waits for resources.

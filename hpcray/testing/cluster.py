@@ -17,7 +17,7 @@ from hpcray.gcs.core import GcsCore
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import decode_from_client, decode_from_peer, decode_from_raylet, encode
 from hpcray.raylet.clients import Client
-from hpcray.raylet.core import NodeInfo, RayletCore
+from hpcray.raylet.core import LOAD_DELAY, NodeInfo, RayletCore
 from hpcray.raylet.lanes import Key
 from hpcray.resources import UNIT, Shape
 from hpcray.store.entry import Extent
@@ -43,6 +43,8 @@ class Node:
         self.memory = bytearray(cluster.nodes[rank].arena_size + ARENA_START)
         self.processes: dict[int, Process] = {}
         self.outboxes: dict[Link, list[Any]] = {}
+        self.tokens: dict[int, int] = {}
+        """Per worker that was sent tasks behind others, how many it has not started."""
         self.disk: dict[Extent, bytearray] = {}
         self.disk_is_full = False
         self.disk_jobs: dict[int, Callable[[], None]] = {}
@@ -97,6 +99,17 @@ class Node:
 
     def close_client(self, client: Client) -> None:
         self.kill_client(client)
+
+    def add_tokens(self, worker: Client, count: int) -> None:
+        self.tokens[worker.number] = self.tokens.get(worker.number, 0) + count
+
+    def take_tokens(self, worker: Client) -> int:
+        return self.tokens.pop(worker.number, 0)
+
+    def take_token(self, number: int) -> bool:
+        left = self.tokens.get(number, 0)
+        self.tokens[number] = max(0, left - 1)
+        return left > 0
 
     def new_tag(self, rank: int) -> int:
         return self._cluster.bulk.new_tag(self.rank, rank)
@@ -318,9 +331,12 @@ class Cluster:
                 self.deliver(choose(links))
                 if check:
                     self.check()
-            if not any(node.core.report_due is not None or node.would_retry for node in self.ranks):
+            if any(node.core.report_due is not None for node in self.ranks):
+                self.advance(LOAD_DELAY)
+            elif any(node.would_retry for node in self.ranks):
+                self.advance(1.0)
+            else:
                 return
-            self.advance(1.0)
 
     def advance(self, seconds: float) -> None:
         """Let time pass; every rank looks at the clock."""

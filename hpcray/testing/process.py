@@ -20,6 +20,7 @@ class ProcessOut(Protocol):
     def write(self, offset: int, data: bytes) -> None: ...
     def send_up(self, number: int, message: m.ClientMessage) -> None: ...
     def end(self, number: int) -> None: ...
+    def take_token(self, number: int) -> bool: ...
 
 
 def make_value(identifier: bytes, nested: Sequence[bytes] = (), size: int = 0) -> bytes:
@@ -368,17 +369,24 @@ class Process:
         self._next()
 
     def _hand_back(self) -> None:
-        tasks = [work.task for work in self.inbox if not work.actor]
+        tasks = [work.task for work in self.inbox if not work.actor and self._may_start(work)]
+        self.inbox = deque(work for work in self.inbox if work.actor)
         if tasks:
-            self.inbox = deque(work for work in self.inbox if work.actor)
             self.send(m.HandBack(tasks))
 
+    def _may_start(self, work: m.Run) -> bool:
+        return not work.is_behind or self._out.take_token(self.number)
+
+    def _on_Recalled(self, message: m.Recalled) -> None:  # noqa: N802
+        self.inbox = deque(work for work in self.inbox if work.task not in message.tasks)
+        self.send(m.RecallDone())
+
     def _next(self) -> None:
-        if self.running is not None:
-            return
-        if self.inbox:
-            self._take_up(self.inbox.popleft())
-        elif self.exit_asked:
+        while self.running is None and self.inbox:
+            work = self.inbox.popleft()
+            if self._may_start(work):
+                self._take_up(work)
+        if self.running is None and self.exit_asked:
             self._out.end(self.number)
 
     def _take_up(self, work: m.Run) -> None:

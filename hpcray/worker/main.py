@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
@@ -27,13 +28,18 @@ def serve(client: Client) -> None:
 
     def hand_back() -> None:
         # What was not started must not wait for what is about to block; it may be just what that waits for.
-        if inbox:
-            tasks = [work.task for work in inbox if not (work.actor or client.served.asked_for(work))]
-            kept = [work for work in inbox if work.actor or client.served.asked_for(work)]
-            inbox.clear()
-            inbox.extend(kept)
-            if tasks:
-                client.send(m.HandBack(tasks))
+        kept: list[m.Run] = []
+        tasks: list[bytes] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                work = inbox.popleft()
+                if work.actor or client.served.asked_for(work):
+                    kept.append(work)
+                elif client.may_start(work):
+                    tasks.append(work.task)
+        inbox.extendleft(reversed(kept))
+        if tasks:
+            client.send(m.HandBack(tasks))
 
     executor = Executor(client)
     client.before_blocking = hand_back
@@ -44,9 +50,12 @@ def serve(client: Client) -> None:
                 client.flush()
                 client.served.wait_for_work()
             client.served.look()
-            if not inbox:
+            if inbox:
+                work = inbox.popleft()
+                if client.may_start(work):
+                    executor.run(work)
+            elif client.exit_asked:
                 break
-            executor.run(inbox.popleft())
     except EnvironmentAsked as asked:
         from hpcray.environments.entering import enter, failure  # most workers do without
 

@@ -97,6 +97,10 @@ class ClusterMachine(RuleBasedStateMachine):
     def finish_task(self, seed: int, large: bool, seconds: float, keep: bool) -> None:
         self.seeded(seed).finish_task(large=large, seconds=seconds, keep=keep)
 
+    @rule()
+    def let_time_pass(self) -> None:
+        self.program.let_time_pass()
+
     @precondition(lambda self: self.kills)
     @rule(seed=seeds)
     def fail_task(self, seed: int) -> None:
