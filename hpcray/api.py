@@ -28,12 +28,13 @@ from hpcray.options import check_actor_options, check_task_options
 from hpcray.protocol import messages as m
 from hpcray.remote_function import RemoteFunction
 from hpcray.runtime_context import gpu_ids
+from hpcray.runtime_env import parse
 from hpcray.worker.inspection import explain
 from hpcray.worker.serialization import serialize
 
 _IGNORED_BY_INIT = frozenset(
     {"include_dashboard", "dashboard_host", "dashboard_port", "configure_logging", "logging_level",
-     "logging_format", "logging_config", "job_config", "runtime_env", "local_mode"}
+     "logging_format", "logging_config", "job_config", "local_mode"}
 )  # fmt: skip
 """Parameters of Ray's `init` that have no meaning in an MPI job; programs that pass them run all the same."""
 MINIMUM_STORE = 16 << 20
@@ -85,6 +86,7 @@ def init(
     labels: Mapping[str, str] | None = None,
     object_store_memory: int | None = None,
     namespace: str | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
     log_to_driver: bool = True,
     ignore_reinit_error: bool = False,
     **ray_only: Any,
@@ -104,13 +106,14 @@ def init(
         labels: Labels of its nodes likewise.
         object_store_memory: Bytes of each rank's object store likewise.
         namespace: Where this driver's named actors are found (default: one of its own).
+        runtime_env: What the workers of this driver's tasks and actors are set up with; see `hpcray.runtime_env`.
         log_to_driver: Whether what workers print appears here.
         ignore_reinit_error: Return the present job's context instead of raising where there is one.
 
     Raises:
         RuntimeError: There is a connection already, or an argument is unknown.
         ValueError: An amount is negative, the object store larger than the memory, more GPUs were asked for than this process
-            may use, or a label or address is none.
+            may use, a label or address is none, or the runtime environment cannot be had.
         ConnectionError: No running job was found to attach to.
     """
     if unknown := sorted(set(ray_only) - _IGNORED_BY_INIT):
@@ -124,6 +127,7 @@ def init(
             "hpcray.shutdown() first"
         )
     _check_init(num_cpus, num_gpus, resources, labels, object_store_memory, namespace)
+    environment = parse(runtime_env) if runtime_env else {}
     from hpcray.launcher.connect import Wish, connect
 
     gpus = None if num_gpus is None else int(num_gpus)
@@ -138,6 +142,7 @@ def init(
             [str(Path(path).absolute()) for path in sys.path],
             log_to_driver=log_to_driver and connection.log_to_driver,
         )
+        client.environments.enter(client, environment)
     except BaseException:
         client.close()
         connection.end()
@@ -285,11 +290,9 @@ def _check_known_to_any(options: Mapping[str, Any]) -> None:
 
 def _make_remote(target: Any, options: Mapping[str, Any]) -> RemoteFunction | ActorClass:
     if inspect.isfunction(target):
-        check_task_options(options)
-        return RemoteFunction(target, options)
+        return RemoteFunction(target, check_task_options(options))
     if inspect.isclass(target):
-        check_actor_options(options)
-        return ActorClass(target, options)
+        return ActorClass(target, check_actor_options(options))
     raise TypeError(f"@hpcray.remote must be applied to either a function or a class, not {target!r}")
 
 

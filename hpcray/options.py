@@ -8,10 +8,12 @@ import pickle
 from collections.abc import Mapping
 from typing import Any
 
+from hpcray.environments.wanted import Environment
 from hpcray.labels import label_rules
 from hpcray.protocol.messages import ActorOptions, Template
 from hpcray.resources import Shape, shape_of
 from hpcray.runtime_context import NOWHERE, Surroundings
+from hpcray.runtime_env import parse
 from hpcray.strategies import check_group_options, check_strategy, strategy_fields
 
 _NUMBER = (int, float)
@@ -26,6 +28,7 @@ _COMMON: dict[str, tuple[type, ...]] = {
     "placement_group": (object,),
     "placement_group_bundle_index": (int,),
     "placement_group_capture_child_tasks": (bool,),
+    "runtime_env": (object,),
 }
 _OF_TASKS: dict[str, tuple[type, ...]] = {
     **_COMMON,
@@ -44,23 +47,24 @@ _OF_ACTORS: dict[str, tuple[type, ...]] = {
 _OF_METHODS: dict[str, tuple[type, ...]] = {"num_returns": (int,), "name": (str,)}
 
 
-def check_task_options(options: Mapping[str, Any]) -> None:
-    """Refuse what a remote function cannot be told.
+def check_task_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse what a remote function cannot be told; the options as they are kept.
 
     Raises:
         ValueError: An unknown name or impossible value.
         TypeError: A value of a wrong type.
     """
-    _check(options, _OF_TASKS, "remote functions")
+    checked = _check(options, _OF_TASKS, "remote functions")
     if (retry := options.get("retry_exceptions")) and not isinstance(retry, bool):
         for cls in retry:
             if not (isinstance(cls, type) and issubclass(cls, BaseException)):
                 raise ValueError(f"retry_exceptions must list exception classes, not {cls!r}")
+    return checked
 
 
-def check_actor_options(options: Mapping[str, Any]) -> None:
-    """Refuse what an actor class cannot be told; raises as `check_task_options`."""
-    _check(options, _OF_ACTORS, "actors")
+def check_actor_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse what an actor class cannot be told; as `check_task_options`."""
+    checked = _check(options, _OF_ACTORS, "actors")
     if options.get("lifetime") not in (None, "detached", "non_detached"):
         raise ValueError(f"lifetime must be 'detached', 'non_detached' or None, not {options['lifetime']!r}")
     for key in ("name", "namespace"):
@@ -68,6 +72,7 @@ def check_actor_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"an actor's {key} must not be the empty string")
     if options.get("get_if_exists") and not options.get("name"):
         raise ValueError("get_if_exists needs a name")
+    return checked
 
 
 def check_method_options(options: Mapping[str, Any]) -> None:
@@ -78,7 +83,8 @@ def check_method_options(options: Mapping[str, Any]) -> None:
     _check(options, _OF_METHODS, "actor methods")
 
 
-def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], kind: str) -> None:
+def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], kind: str) -> dict[str, Any]:
+    checked = dict(options)
     for key, value in options.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -102,7 +108,12 @@ def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], ki
             raise ValueError(f"num_returns must be zero or more, not {value}")
         elif key.startswith("max_") and value < -1:
             raise ValueError(f"{key} must be -1 (for ever), zero or more, not {value}")
+        elif key == "runtime_env":
+            checked[key] = parse(value)
     check_group_options(options)
+    if not checked.get("runtime_env"):
+        checked.pop("runtime_env", None)  # as if it were not given: what it would replace stays
+    return checked
 
 
 def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
@@ -144,7 +155,12 @@ def _retry_exceptions(value: Any) -> bytes | None:
 
 
 def task_template(
-    job: bytes, function: bytes, name: str, options: Mapping[str, Any], caller: Surroundings = NOWHERE
+    job: bytes,
+    function: bytes,
+    name: str,
+    options: Mapping[str, Any],
+    environment: Environment,
+    caller: Surroundings = NOWHERE,
 ) -> Template:
     """The template of a remote function with checked options.
 
@@ -162,12 +178,19 @@ def task_template(
         resources=resources,
         max_retries=3 if retries is None else retries,
         retry_exceptions=_retry_exceptions(options.get("retry_exceptions")),
+        environment=environment.id,
+        packages=list(environment.packages),
         **strategy_fields(options, name, resources, {}, caller),
     )
 
 
 def actor_template(
-    job: bytes, cls: bytes, name: str, options: Mapping[str, Any], caller: Surroundings = NOWHERE
+    job: bytes,
+    cls: bytes,
+    name: str,
+    options: Mapping[str, Any],
+    environment: Environment,
+    caller: Surroundings = NOWHERE,
 ) -> Template:
     """The template of an actor class with checked options.
 
@@ -193,5 +216,7 @@ def actor_template(
             placement=placement,
             name=options.get("name") or "",
         ),
+        environment=environment.id,
+        packages=list(environment.packages),
         **strategy_fields(options, name, running, placement, caller),
     )

@@ -74,7 +74,9 @@ class RemoteFunction:
 
         Raises:
             TypeError: The arguments do not fit the function, or cannot be pickled.
-            ValueError: Its placement group has no such bundle, or none that is large enough.
+            ValueError: Its placement group has no such bundle, or none that is large enough; or its runtime environment is too
+                large.
+            OSError: A file of its runtime environment cannot be read.
         """
         client = require_client()
         exported = self._exported
@@ -97,12 +99,12 @@ class RemoteFunction:
             ValueError: An unknown option or impossible value.
             TypeError: A value of a wrong type.
         """
-        check_task_options(options)
-        return RemoteFunctionWithOptions(self, {**self._options, **options})
+        return RemoteFunctionWithOptions(self, {**self._options, **check_task_options(options)})
 
     def _export(self, client: Client, around: Surroundings) -> tuple[Client, Surroundings, bytes, int]:
         identifier = self._shared.identifier(client)
-        template = task_template(client.job_definition, identifier, self._name, self._options, around)
+        environment = client.environments.choose(client, self._options.get("runtime_env"))
+        template = task_template(client.job_definition, identifier, self._name, self._options, environment, around)
         name = template_id(template)
         client.define_template(name, template)
         return client, around, name, template.num_returns

@@ -11,6 +11,7 @@ from hpcray import ids
 from hpcray.client import require_client
 from hpcray.protocol import messages as m
 from hpcray.resources import as_floats
+from hpcray.runtime_env import RuntimeEnv
 
 
 @dataclass(slots=True)
@@ -152,7 +153,12 @@ class RuntimeContext:
 
     def get_runtime_env_string(self) -> str:
         """The runtime environment as JSON."""
-        return "{}"
+        return self.runtime_env.serialize()
+
+    @property
+    def runtime_env(self) -> RuntimeEnv:
+        """What the calling code's worker was set up with; in a driver, what its job's tasks are by default."""
+        return RuntimeEnv.trusted(require_client().environments.present.fields)
 
     @property
     def namespace(self) -> str:

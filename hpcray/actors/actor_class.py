@@ -46,7 +46,9 @@ class ActorClass:
         Raises:
             TypeError: The arguments do not fit `__init__`, or something cannot be pickled.
             ActorAlreadyExistsError: The name is taken.
-            ValueError: Its placement group has no such bundle, or none that is large enough.
+            ValueError: Its placement group has no such bundle, or none that is large enough; or its runtime environment is too
+                large.
+            OSError: A file of its runtime environment cannot be read.
         """
         client = require_client()
         options = self._options
@@ -91,8 +93,7 @@ class ActorClass:
             ValueError: An unknown option or impossible value.
             TypeError: A value of a wrong type.
         """
-        check_actor_options(options)
-        return ActorClass(self._class, {**self._options, **options})
+        return ActorClass(self._class, {**self._options, **check_actor_options(options)})
 
     def _export(self, client: Client, around: Surroundings) -> bytes:
         name = self._description.name
@@ -101,7 +102,8 @@ class ActorClass:
         except Exception as error:
             raise TypeError(f"could not serialize the actor class {name}: {explain(self._class, error)}") from error
         client.define(identifier, blob)
-        template = actor_template(client.job_definition, identifier, name, self._options, around)
+        environment = client.environments.choose(client, self._options.get("runtime_env"))
+        template = actor_template(client.job_definition, identifier, name, self._options, environment, around)
         template_name = template_id(template)
         client.define_template(template_name, template)
         return template_name

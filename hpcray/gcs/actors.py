@@ -20,7 +20,8 @@ from hpcray import payload
 from hpcray.gcs import policies
 from hpcray.gcs.groups import PlacementGroups
 from hpcray.gcs.views import NodeView
-from hpcray.ids import home_of
+from hpcray.ids import home_of, shown_actor
+from hpcray.observe.findings import Finding
 from hpcray.protocol import messages as m
 from hpcray.resources import slots
 
@@ -137,7 +138,7 @@ class Actors:
             record.rank = rank
             record.incarnation += 1
             self._living[rank] = self._living.get(rank, 0) + 1
-            self._nodes[rank].placing[identifier] = spec.resources
+            self._nodes[rank].placing[identifier] = [spec.resources]
             self._out.send(home_of(identifier), m.PlaceActor(identifier, record.incarnation, rank))
 
     def _choose(self, spec: m.Template) -> int | None:
@@ -224,6 +225,31 @@ class Actors:
         if record is None or record.incarnation != incarnation or record.state not in (STARTING, ALIVE):
             return None
         return record
+
+    # -------------------------------------------------------------------------------------------- explanations
+    def explain(self, asked: str) -> list[Finding]:
+        """Actors of this name, class or id; of a class, those that are not dead."""
+        findings = []
+        for record in self.records.values():
+            name, shown = self._template(record.template).name, shown_actor(record.id).hex()
+            is_one = asked in (shown, record.id.hex()) or (record.key is not None and asked == record.key[1])
+            if is_one or (asked == name and record.state != DEAD):
+                waiting = record.template if record.state == PENDING else b""
+                title = f"actor {name}" + (f" {record.key[1]!r}" if record.key is not None else "")
+                findings.append(Finding("actor", shown, title, 0, self._story(record), waiting))
+        return findings
+
+    @staticmethod
+    def _story(record: ActorRecord) -> str:
+        if record.state == PENDING:
+            return "waits for a node"
+        if record.state == STARTING:
+            return f"is being started on rank {record.rank}: its __init__ has not returned"
+        if record.state == ALIVE:
+            return f"lives on rank {record.rank}" + (
+                f", and is about to end: {record.why}" if record.is_wanted_dead else ""
+            )
+        return "is dead"
 
     # ----------------------------------------------------------------------------------------------- watchers
     def on_watch(self, identifier: bytes, rank: int) -> None:

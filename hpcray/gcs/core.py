@@ -14,11 +14,13 @@ from typing import Any, Protocol
 import msgspec
 
 from hpcray import payload
+from hpcray.gcs import policies
 from hpcray.gcs.actors import Actors
 from hpcray.gcs.groups import Group, PlacementGroups
 from hpcray.gcs.scheduling import Scheduler
 from hpcray.gcs.views import NodeView
 from hpcray.ids import node_id
+from hpcray.observe.findings import Finding
 from hpcray.protocol import messages as m
 from hpcray.raylet.core import NodeInfo
 from hpcray.resources import Shape, as_floats
@@ -44,7 +46,7 @@ class GcsCore:
         self._template = template
         self._out = out
         self.views = {
-            node.rank: NodeView(node.rank, node.resources, host=node.machine, labels=node.labels, switch=node.switch)
+            node.rank: NodeView(node.rank, node.resources, host=node.host, labels=node.labels, switch=node.switch)
             for node in nodes
         }
         self.groups = PlacementGroups(self.views, out)
@@ -76,6 +78,7 @@ class GcsCore:
             "named_actors": lambda _: [list(key) for key in self.actors.names],
             "claim_group_name": self._claim_group_name,
             "placement_group": self._get_group,
+            "why": self.why,
             "placement_groups": lambda _: [self._describe_group(group) for group in self.groups.groups.values()],
         }
 
@@ -111,6 +114,23 @@ class GcsCore:
     def _on_remove_group(self, group: bytes) -> None:
         self.groups.on_remove(group)
         self.actors.end_group(group)
+
+    # ---------------------------------------------------------------------------------------------------- explanations
+    def explain(self, asked: str) -> list[Finding]:
+        """Actors and placement groups of this name or id."""
+        return self.actors.explain(asked) + self.groups.explain(asked)
+
+    def why(self, template: bytes) -> str:
+        """Why nothing of a class is given a place now, in lines for people; empty if it would be."""
+        spec = self._template(template)
+        if not spec.group:
+            return policies.why_not(spec, [view.as_if_placed() for view in self.views.values()])
+        group = self.groups.groups.get(spec.group)
+        if group is None:
+            return f"its placement group {spec.group.hex()} was removed"
+        if reason := self.groups.why_waiting(group):
+            return f"its placement group {self.groups.name_of(group)} has no place:\n{reason}"
+        return f"its placement group {self.groups.name_of(group)} is in use: something in the group has to end first"
 
     def _on_ask(self, rank: int, message: m.Ask) -> None:
         try:

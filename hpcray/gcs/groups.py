@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from hpcray import payload
 from hpcray.gcs.policies import bundles_could_fit, bundles_why_not, largest_first, place_bundles
 from hpcray.gcs.views import NodeView
+from hpcray.observe.findings import Finding
 from hpcray.protocol import messages as m
 from hpcray.resources import Shape, as_floats
 
@@ -221,7 +222,7 @@ class PlacementGroups:
             group.asked[rank] = list(bundles)
             for index in bundles:
                 group.placed[index] = rank
-            self._nodes[rank].placing[group.id] = _together(bundles.values())
+            self._nodes[rank].placing[group.id] = list(bundles.values())
         for rank, bundles in wanted.items():
             self._out.send(rank, m.ReserveBundles(group.id, bundles))
 
@@ -257,22 +258,32 @@ class PlacementGroups:
             "stats": {"scheduling_state": "FINISHED" if group.state == CREATED else "PENDING"},
         }
 
+    @staticmethod
+    def name_of(group: Group) -> str:
+        """For people."""
+        return group.spec.name or group.id.hex()
+
+    def explain(self, asked: str) -> list[Finding]:
+        """Groups of this name or id, and why they wait."""
+        findings = []
+        for group in self.groups.values():
+            if asked and asked in (group.spec.name, group.id.hex()):
+                story = f"({group.spec.strategy}) is {group.state}"
+                if ranks := sorted(set(group.placed.values())):
+                    story += f" on {'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks))}"
+                name = f"placement group {group.spec.name}".strip()
+                why = self.why_waiting(group)
+                findings.append(Finding("placement group", group.id.hex(), name, 0, story, why=why))
+        return findings
+
     def why_waiting(self, group: Group) -> str:
         """Why a group has no place, in words; empty if it has one."""
         if group.id not in self._waiting:
             return "" if not group.asked else "its bundles are being reserved"
-        spec, nodes = group.spec, list(self._nodes.values())
+        spec, nodes = group.spec, [node.as_if_placed() for node in self._nodes.values()]
         return bundles_why_not(spec.bundles, spec.strategy, nodes, labels=spec.labels)
 
     def is_infeasible(self, group: Group) -> bool:
         """Whether it could not be placed if nothing else ran."""
         spec, nodes = group.spec, list(self._nodes.values())
         return not bundles_could_fit(spec.bundles, spec.strategy, nodes, labels=spec.labels)
-
-
-def _together(shapes: Any) -> Shape:
-    total: Shape = {}
-    for shape in shapes:
-        for name, amount in shape.items():
-            total[name] = total.get(name, 0) + amount
-    return total

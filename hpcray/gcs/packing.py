@@ -10,7 +10,11 @@ A site's *room* is immutable, so sites with equal room are interchangeable and w
     near    Of interchangeable sites those of one host, else of one switch (innermost first), else the shortest window of
             ranks that has enough of each sort.
     search  If greedy choices lead nowhere: backtracking over the bundles, largest first, of at most `MOST_VISITS` looks at
-            sites. It is complete where that suffices, as for any 4 bundles on 8 sites.
+            sites. It is complete where that suffices, as for any 4 bundles on 8 sites. What it misses are groups that use
+            two resources of more than a few sites to the last bit.
+
+Measured on random groups of 4 bundles on 4 sites, two resources: pack takes one site more than the least for 1 group in 25,
+spread always takes the most.
 
 With n sites of s sorts, b bundles of k kinds: O(n·k + s·log s·k + b) for pack, O(n·k + b·k·2^k) at worst for spread, where
 2^k stands for the sets of kinds that fit on some site, of which there are rarely more than k + 1.

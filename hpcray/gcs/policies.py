@@ -294,7 +294,7 @@ class _Problem:
 
     def _solve(self, packing: Packing) -> Places | None:
         if self._strategy == "STRICT_PACK":
-            return packing.on_one(self._used or range(len(self._sites)))
+            return packing.on_one(self._used if max(self._ranks) >= 0 else range(len(self._sites)))
         if self._strategy == "STRICT_SPREAD":
             return packing.apart()
         return packing.packed() if self._strategy == "PACK" else packing.spread()

@@ -44,8 +44,8 @@ class NodeView:
         self.granted: dict[bytes, int] = {}
         """Per class, places granted on this node since the job began."""
         self.arrived: dict[bytes, int] = {}
-        self.placing: dict[bytes, Shape] = {}
-        """Resources of actors and bundles that were placed here and are not there yet: no report counts them."""
+        self.placing: dict[bytes, list[Shape]] = {}
+        """Demands of actors and bundles that were placed here and are not there yet: no report counts them."""
 
     def on_load(self, load: m.Load) -> None:
         self.available = dict(load.available)
@@ -78,8 +78,9 @@ class NodeView:
         view = copy(self)
         view.available = dict(self.available)
         view.units = {name: dict(each) for name, each in self.units.items()}
-        for shape in self.placing.values():
-            view.take_off(shape)
+        for shapes in self.placing.values():
+            for shape in shapes:
+                view.take_off(shape)
         return view
 
     def take(self, template: bytes, count: int) -> None:

@@ -212,6 +212,20 @@ def _memory(address: str, limit: int, as_json: bool) -> NoReturn:
     sys.exit(memory.show(address, limit=limit, as_json=as_json))
 
 
+@_cli.command("explain")
+@click.argument("name")
+@click.option("--address", default="auto", metavar="ADDRESS", help="The job, if several of yours run on this host.")
+def _explain(name: str, address: str) -> NoReturn:
+    """Say why NAME waits, or where it runs: a task, actor, object or placement group of this user's running job.
+
+    NAME is the name of a function, class, actor or placement group, or an id in hexadecimal digits. Exits with 1 if the job
+    does not know it, with 2 if there is no job to ask.
+    """
+    from hpcray.launcher import explain
+
+    sys.exit(explain.show(address, name))
+
+
 def main() -> NoReturn:
     """The `hpcray` command. Ends the process: with 2 and one line for a wrong call."""
     _invoke(_cli, "hpcray", sys.argv[1:])

@@ -123,6 +123,10 @@ class Template(msgspec.Struct, array_like=True):
     """Which bundle of the group; -1: any."""
     captures: bool = False
     """What it submits runs in its group, too, unless told otherwise."""
+    environment: bytes = b""
+    """Id of the definition that holds the runtime environment; empty without one."""
+    packages: list[bytes] = []
+    """Ids of the definitions that hold what the environment has workers unpack."""
 
 
 # -------------------------------------------------------------------------------------------------------- client → raylet
@@ -238,6 +242,12 @@ class Seal(Message, tag=13):
     line: int = 0
 
 
+class Unreserve(Message, tag=30):
+    """The object of an unanswered or answered `Reserve` will not be written (the user interrupted it, or it failed)."""
+
+    id: bytes
+
+
 class AddReferences(Message, tag=14):
     """The sender unpickled references that it did not hold."""
 
@@ -283,6 +293,12 @@ class ActorReady(Message, tag=20):
 
     actor: bytes
     error: bytes | None
+
+
+class SetupFailed(Message, tag=28):
+    """The worker cannot be set up with the environment of its first work, and ends: the payload of the error."""
+
+    error: bytes
 
 
 class Unblocked(Message, tag=21):
@@ -334,7 +350,7 @@ class LaneIdle(Message, tag=27):
     lane: int
 
 
-class AwaitPlacementGroup(Message, tag=28):
+class AwaitPlacementGroup(Message, tag=29):
     """The sender's new object `id` comes to exist, with this payload, when the group does; with an error if it never will."""
 
     id: bytes
@@ -342,9 +358,13 @@ class AwaitPlacementGroup(Message, tag=28):
     data: bytes
 
 
+class RecallDone(Message, tag=35):
+    """A worker's answer to `Recalled`: it has none of these tasks any more."""
+
+
 # -------------------------------------------------------------------------------------------------------- raylet → client
 class Registered(Message, tag=40):
-    """First message to every client; the arena's descriptor comes with it."""
+    """First message to every client; the arena's descriptor comes with it, and for a worker that of its tokens."""
 
     rank: int
     prefix: bytes
@@ -373,6 +393,8 @@ class Run(Message, tag=42):
     arguments: bytes
     values: list[Value]
     num_returns: int
+    is_behind: bool = False
+    """It was sent behind another task: not to be started without a token."""
 
 
 class InlineObject(Message, tag=43):
@@ -497,9 +519,15 @@ class LaneReply(Message, tag=58):
     data: bytes | None
 
 
+class Recalled(Message, tag=65):
+    """To a worker: the raylet has taken the tokens of these tasks, which are its again. Answered by `RecallDone`."""
+
+    tasks: list[bytes]
+
+
 # -------------------------------------------------------------------------------------------------------- raylet → raylet
 class Execute(Message, tag=70):
-    """Home → executor, for a task that the GCS granted. Answered by `Finished` or `Crashed`."""
+    """Home → executor, for a task that the GCS granted. Answered by `Finished`, `Crashed` or `Returned`."""
 
     task: bytes
     attempt: int
@@ -536,6 +564,13 @@ class Crashed(Message, tag=73):
     task: bytes
     attempt: int
     error: bytes
+
+
+class Returned(Message, tag=99):
+    """Executor → home: it had no worker for the task, which was not started. Of several, the last comes first."""
+
+    task: bytes
+    attempt: int
 
 
 class Locate(Message, tag=74):
@@ -604,11 +639,15 @@ class Pull(Message, tag=82):
 
 
 class PullFailed(Message, tag=83):
-    """The holder has no such object (any more); `sent` bytes of it are on their way. Tag 0 answers `MapObject`."""
+    """The holder has no such object (any more); `sent` bytes of it are on their way. Tag 0 answers `MapObject`.
+
+    `error`: it does have it, on disk, and no room came for it; the `ObjectStoreFullError` that says so.
+    """
 
     id: bytes
     tag: int
     sent: int
+    error: bytes = b""
 
 
 class PullFrom(Message, tag=97):
@@ -933,13 +972,14 @@ class JobConfig(msgspec.Struct):
 
 ClientMessage: TypeAlias = (
     RegisterDriver | StopJob | Define | DefineTemplate | Submit | CreateActor | Call | Get | StopGetting | Watch | PutInline
-    | Reserve | Seal | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady | Unblocked | Kill
-    | Query | OpenLane | CloseLane | LaneDone | LaneIdle | CreatePlacementGroup | RemovePlacementGroup | AwaitPlacementGroup
+    | Reserve | Seal | Unreserve | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady
+    | Unblocked | Kill | Query | OpenLane | CloseLane | LaneDone | LaneIdle | CreatePlacementGroup | RemovePlacementGroup
+    | AwaitPlacementGroup | SetupFailed | RecallDone
 )  # fmt: skip
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed
     | MapArena | Answer | LogLines | Exit | Exists | LaneOpened | LaneClosed | LaneWanted | ServeLane | LaneReply
-    | AssignGpus | BindCpus
+    | AssignGpus | BindCpus | Recalled
 )  # fmt: skip
 PeerMessage: TypeAlias = (
     Define | DefineTemplate | Execute | ExecuteCall | Finished | Crashed | Locate | Located | Borrow | Borrowed | Unborrow
@@ -949,5 +989,5 @@ PeerMessage: TypeAlias = (
     | Demand | Load | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor | WatchActor
     | Ask | EndJob | CreatePlacementGroup | RemovePlacementGroup | WatchPlacementGroup | BundlesReserved
     | PlacementGroupChanged | ReserveBundles | ReturnBundles | Grant | PlaceActor | ActorChanged | StopActor | Told
-    | JobEnded | Shutdown | StartLane | EndLane | LaneLost | WantLane
+    | JobEnded | Shutdown | StartLane | EndLane | LaneLost | WantLane | Returned
 )  # fmt: skip

@@ -30,6 +30,7 @@ class Binding:
         self.use: dict[int, int] = dict.fromkeys(self.cpus, 0)
         """How much of each CPU is asked for, in units of 1/10,000."""
         self._bound: dict[int, tuple[list[int], int]] = {}
+        self._paused: set[int] = set()
 
     def bind(self, worker: int, amount: int) -> list[int]:
         """The CPUs for a worker that asks for so much, in units of 1/10,000, until `release`; in order."""
@@ -38,7 +39,7 @@ class Binding:
             return self.cpus
         chosen = sorted(self._choose(count))
         self._bound[worker] = (chosen, amount // count)
-        self.resume(worker)
+        self._add(worker, 1)
         return chosen
 
     def _choose(self, count: int) -> list[int]:
@@ -58,15 +59,19 @@ class Binding:
 
     def pause(self, worker: int) -> None:
         """The worker is blocked."""
+        self._paused.add(worker)
         self._add(worker, -1)
 
     def resume(self, worker: int) -> None:
         """The worker goes on."""
+        self._paused.discard(worker)
         self._add(worker, 1)
 
     def release(self, worker: int) -> None:
-        """The worker's lease is over; it is not blocked."""
-        self._add(worker, -1)
+        """The worker's lease is over; if it was blocked, it ended so."""
+        if worker not in self._paused:
+            self._add(worker, -1)
+        self._paused.discard(worker)
         self._bound.pop(worker, None)
 
     def _add(self, worker: int, sign: int) -> None:

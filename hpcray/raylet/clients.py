@@ -11,8 +11,8 @@ class Client:
     """A driver or worker, as its raylet sees it."""
 
     __slots__ = (
-        "held", "is_driver", "job", "known", "mapped", "namespace", "number", "pid", "pins", "prefix", "reserved", "wanted",
-        "wants_logs", "watched", "worker",
+        "held", "is_driver", "job", "known", "mapped", "namespace", "number", "pid", "pins", "prefix", "reserved",
+        "reserving", "wanted", "wants_logs", "watched", "worker",
     )  # fmt: skip
 
     def __init__(self, number: int, prefix: bytes, *, is_driver: bool) -> None:
@@ -27,6 +27,8 @@ class Client:
         """References that it holds; each is one hold in the object table."""
         self.pins: dict[bytes, list[Block]] = {}
         """Memory that it looks at, a block as often as it was sent."""
+        self.reserving: set[bytes] = set()
+        """Objects for which it waits for memory."""
         self.reserved: dict[bytes, Block] = {}
         """Memory that it is writing."""
         self.wanted: set[bytes] = set()
@@ -43,12 +45,17 @@ class Client:
 class Worker:
     """A worker process of the pool, as the scheduler of this raylet sees it."""
 
-    __slots__ = ("actor", "client", "holding", "is_blocked", "is_lent", "job", "lease_since", "tasks", "template")
+    __slots__ = (
+        "actor", "client", "environment", "holding", "is_blocked", "is_lent", "is_recalling", "job", "lease_since", "seen",
+        "tasks", "template",
+    )  # fmt: skip
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.job = b""
         """The job whose code it has imported; it serves no other."""
+        self.environment = b""
+        """The runtime environment that it has entered, likewise, or will before its first work."""
         self.template: bytes | None = None
         """The scheduling class that it is leased to."""
         self.holding: Holding | None = None
@@ -60,14 +67,18 @@ class Worker:
         self.lease_since = 0.0
         self.is_lent = False
         """A driver sends it the tasks of its lease itself."""
+        self.seen = b""
+        """What it ran when it had several tasks and was looked at last."""
+        self.is_recalling = False
+        """It has not answered `Recalled`: nothing may be sent to it behind another task."""
 
 
 class Work:
     """A task, actor creation or actor call that is to run on this raylet."""
 
     __slots__ = (
-        "actor", "arguments", "arrival", "attempt", "dependencies", "error", "home", "method", "num_returns", "task",
-        "template",
+        "actor", "arguments", "arrival", "attempt", "dependencies", "error", "home", "is_awaited", "method", "num_returns",
+        "task", "template",
     )  # fmt: skip
 
     def __init__(
@@ -96,3 +107,5 @@ class Work:
         """Its place among all work that came here with arguments."""
         self.error: bytes | None = None
         """Why one of them could not be brought."""
+        self.is_awaited = False
+        """A worker waits for it."""

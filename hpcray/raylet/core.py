@@ -25,12 +25,14 @@ from hpcray import payload
 from hpcray.exceptions import InternalError
 from hpcray.gcs.policies import matches
 from hpcray.ids import client_prefix, object_id, task_of
+from hpcray.observe.findings import Finding
 from hpcray.observe.statistics import Traffic
 from hpcray.protocol import messages as m
 from hpcray.raylet.actors import HostedActors
 from hpcray.raylet.binding import Binding
 from hpcray.raylet.calls import Calls
 from hpcray.raylet.clients import Client, Work, Worker
+from hpcray.raylet.explaining import explain
 from hpcray.raylet.groups import Groups
 from hpcray.raylet.lanes import Key, Lanes
 from hpcray.raylet.ledger import Ledger
@@ -67,6 +69,8 @@ class RayletOut(Protocol):
     def show(self, lines: m.LogLines) -> None: ...
     def new_tag(self, rank: int) -> int: ...
     def join(self, worker: Client, key: Key, *, is_leased: bool) -> bool: ...
+    def add_tokens(self, worker: Client, count: int) -> None: ...
+    def take_tokens(self, worker: Client) -> int: ...
 
 
 class GcsHere(Protocol):
@@ -76,6 +80,7 @@ class GcsHere(Protocol):
     def is_waiting_for_room(self) -> bool: ...
     def on_message(self, rank: int, message: m.PeerMessage) -> None: ...
     def end_turn(self, now: float) -> None: ...
+    def explain(self, asked: str) -> list[Finding]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +172,7 @@ class RayletCore:
         """Messages of this rank to itself; handled before the turn ends."""
         self._reported: m.Load | None = None
         self.report_due: float | None = None
-        """When a report that could wait has to be made: `end_turn` is to be called then."""
+        """When a report that could wait has to be made."""
         self._granted_classes: dict[bytes, int] = {}
         self._warned: set[bytes] = set()
         self.gcs: GcsHere | None = None
@@ -175,16 +180,17 @@ class RayletCore:
         self._from_client: dict[type, Callable[[Client, Any], None]] = {
             m.Submit: self._on_submit, m.TaskDone: self._on_task_done, m.Get: self._on_get, m.Release: self._on_release,
             m.Call: self._on_call, m.Watch: self._on_watch, m.StopGetting: self._on_stop_getting,
-            m.PutInline: self._on_put_inline, m.Reserve: self._on_reserve, m.Seal: self._on_seal,
+            m.PutInline: self._on_put_inline, m.Reserve: self._on_reserve, m.Seal: self._on_seal, m.Unreserve: self._on_unreserve,
             m.AddReferences: self._on_add_references, m.Unpin: self._on_unpin, m.KeepForever: self._on_keep_forever,
             m.HandBack: self._on_hand_back, m.Unblocked: self._on_unblocked, m.ActorReady: self._on_actor_ready,
             m.CreateActor: self._on_create_actor, m.Kill: self._on_kill, m.Query: self._on_query,
             m.Define: self._on_client_define, m.DefineTemplate: self._on_client_define,
             m.OpenLane: self.lanes.on_open, m.CloseLane: self.lanes.on_close, m.LaneDone: self._on_lane_done,
-            m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
+            m.RecallDone: self._on_recall_done, m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
             m.CreatePlacementGroup: lambda _, x: self.to_gcs(x),
             m.RemovePlacementGroup: lambda _, x: self.groups.on_remove(x),
             m.AwaitPlacementGroup: self.groups.on_await,
+            m.SetupFailed: self._on_setup_failed,
         }  # fmt: skip
         self._from_peer: dict[type, Callable[[int, Any], None]] = {
             m.Execute: self._on_execute, m.ExecuteCall: self._on_execute_call, m.Finished: self._on_finished,
@@ -198,8 +204,8 @@ class RayletCore:
             m.MapObject: lambda rank, x: self.transfers.on_map(x.id, rank),
             m.ObjectMapped: lambda rank, x: self.transfers.pulls.on_mapped(x, rank),
             m.UnmapObject: lambda rank, x: self.transfers.on_unmap(x.id, rank),
-            m.RecallMapping: lambda rank, x: self.table.on_recall(x.id, rank),
-            m.CopyLost: lambda rank, x: self.table.on_copy_lost(x, rank),
+            m.RecallMapping: lambda rank, x: self.table.pressure.on_recall(x.id, rank),
+            m.CopyLost: lambda rank, x: self.table.pressure.on_copy_lost(x, rank),
             m.PullFailed: lambda rank, x: self.transfers.pulls.on_pull_failed(x, rank),
             m.PullFrom: lambda rank, x: self.transfers.pulls.on_redirected(x, rank),
             m.HastenPull: lambda rank, x: self.transfers.on_hasten(x, rank),
@@ -212,6 +218,7 @@ class RayletCore:
             m.JobEnded: self._on_job_ended, m.StartLane: self.lanes.on_start, m.EndLane: self.lanes.on_end,
             m.PlacementGroupChanged: lambda _, x: self.groups.on_changed(x.group, x.state),
             m.ReserveBundles: lambda _, x: self.groups.on_reserve(x), m.ReturnBundles: lambda _, x: self.groups.on_return(x),
+            m.Returned: self.tasks.on_returned,
             m.LaneLost: lambda _, x: self.lanes.on_lost(x), m.WantLane: lambda _, x: self.lanes.on_wanted(x.client, x.lane),
         }  # fmt: skip
 
@@ -311,7 +318,10 @@ class RayletCore:
     def _definitions(self, identifier: bytes, known: set[bytes]) -> list[m.Define | m.DefineTemplate]:
         template = self.templates[identifier]
         messages: list[m.Define | m.DefineTemplate] = []
-        for blob in (template.job, template.function):
+        needed = [template.job, template.function]
+        if template.environment:
+            needed += [template.environment, *template.packages]
+        for blob in needed:
             if blob not in known:
                 known.add(blob)
                 messages.append(m.Define(blob, self.blobs[blob]))
@@ -431,6 +441,7 @@ class RayletCore:
         # What it waited for is not to be sent any more, let alone pinned for it.
         client.wanted.clear()
         client.watched.clear()
+        client.reserving.clear()
         if (worker := client.worker) is not None:
             actor, template = worker.actor, worker.template
             lost = self.pool.on_gone(worker)
@@ -447,9 +458,9 @@ class RayletCore:
                 self.memory.unpin(block)
         for block in client.reserved.values():
             self.memory.abandon(block)
-        for identifier in client.held:
+        held, client.held = client.held, set()
+        for identifier in held:
             self.references.drop(identifier)
-        client.held.clear()
         if client.is_driver:
             self.lanes.on_client_gone(client)
 
@@ -488,17 +499,24 @@ class RayletCore:
             self.references.hold(inner)
 
     def _on_reserve(self, client: Client, message: m.Reserve) -> None:
+        def is_wanted() -> bool:
+            return message.id in client.reserving
+
         def then(block: Block | None) -> None:
+            if not is_wanted():
+                if block is not None:
+                    self.memory.abandon(block)
+                return
+            client.reserving.discard(message.id)
             if block is None:
-                error = payload.system_error("ObjectStoreFullError", self.table.why_full(message.size))
+                error = payload.system_error("ObjectStoreFullError", self.table.pressure.why_full(message.size))
                 self._out.to_client(client, m.ReserveFailed(message.id, error))
-            elif client.number not in self.clients:
-                self.memory.abandon(block)
             else:
                 client.reserved[message.id] = block
                 self._out.to_client(client, m.Reserved(message.id, block.offset))
 
-        self.memory.reserve(message.id, message.size, then)
+        client.reserving.add(message.id)
+        self.memory.reserve(message.id, message.size, then, is_wanted)
 
     def _on_seal(self, client: Client, message: m.Seal) -> None:
         block = client.reserved.pop(message.id)
@@ -508,6 +526,12 @@ class RayletCore:
             entry.maker = (message.file, message.line)
         client.held.add(message.id)
         self.table.set_here(message.id, block, message.nested)
+
+    def _on_unreserve(self, client: Client, message: m.Unreserve) -> None:
+        client.reserving.discard(message.id)
+        block = client.reserved.pop(message.id, None)
+        if block is not None:
+            self.memory.abandon(block)
 
     def _on_unpin(self, client: Client, message: m.Unpin) -> None:
         for identifier in message.ids:
@@ -533,11 +557,17 @@ class RayletCore:
                 self.surveys.misses += is_spilled
                 client.wanted.add(identifier)
         if message.blocks:
-            self._block_if_waiting(client)
+            self._block_if_waiting(client, message.ids)
 
-    def _block_if_waiting(self, client: Client) -> None:
+    def _block_if_waiting(self, client: Client, identifiers: list[bytes]) -> None:
         if client.worker is not None and (client.wanted or client.watched):
             self.pool.on_blocked(client.worker)
+            self.tasks.hasten([i for i in reversed(identifiers) if i in client.wanted or i in client.watched])
+
+    def _unblock_if_served(self, client: Client) -> None:
+        # The worker says so itself when it goes on. Until then something new would take its CPU, and might block in turn.
+        if client.worker is not None and not client.wanted and not client.watched:
+            self.pool.on_unblocked(client.worker)
 
     def _deliver_wanted(self, client: Client, identifier: bytes, error: bytes | None) -> None:
         if identifier not in client.wanted:
@@ -549,6 +579,7 @@ class RayletCore:
             entry = self.table.entries[identifier]
             self.surveys.misses += entry.state == HERE and not entry.is_primary
             self._send_object(client, entry)
+        self._unblock_if_served(client)
 
     def _send_object(self, client: Client, entry: Entry) -> None:
         if entry.state == INLINE:
@@ -589,7 +620,7 @@ class RayletCore:
                 client.watched.add(identifier)
         if ready:
             self._out.to_client(client, m.Ready(ready))
-        self._block_if_waiting(client)
+        self._block_if_waiting(client, message.ids)
 
     def _tell_ready(self, client: Client, identifier: bytes) -> None:
         if identifier in client.watched:
@@ -650,8 +681,27 @@ class RayletCore:
             return
         for task in message.tasks:
             if (work := worker.tasks.get(task)) is not None:
-                self._on_unpin(client, m.Unpin([d.id for d in work.dependencies if isinstance(d, m.RemoteDependency)]))
+                self._unpin_arguments(client, work)
         self.pool.on_handed_back(worker, message.tasks)
+
+    def _unpin_arguments(self, client: Client, work: Work) -> None:
+        self._on_unpin(client, m.Unpin([d.id for d in work.dependencies if isinstance(d, m.RemoteDependency)]))
+
+    def add_tokens(self, worker: Worker, count: int) -> None:
+        self._out.add_tokens(worker.client, count)
+
+    def take_tokens(self, worker: Worker) -> int:
+        return self._out.take_tokens(worker.client)
+
+    def recalled(self, worker: Worker, works: list[Work]) -> None:
+        """Tell a worker that these are no longer its."""
+        for work in works:
+            self._unpin_arguments(worker.client, work)
+        self._out.to_client(worker.client, m.Recalled([work.task for work in works]))
+
+    def _on_recall_done(self, client: Client, message: m.RecallDone) -> None:
+        if client.worker is not None:
+            client.worker.is_recalling = False
 
     # ------------------------------------------------------------------------------------------------------ executing
     def _on_execute(self, home: int, message: m.Execute) -> None:
@@ -667,15 +717,14 @@ class RayletCore:
     def _on_execute_call(self, home: int, message: m.ExecuteCall) -> None:
         self.hosted.on_call(message, home)
 
-    def run(self, worker: Worker, work: Work, values: list[m.Value]) -> None:
+    def run(self, worker: Worker, work: Work, values: list[m.Value], *, is_behind: bool = False) -> None:
         """Send work to a worker, with the definitions that it lacks."""
         client = worker.client
         template = work.template
         if template and template not in client.known:
             self._push_to_worker(worker, template)
-        self._out.to_client(
-            client, m.Run(work.task, template, work.actor, work.method, work.arguments, values, work.num_returns)
-        )
+        run = m.Run(work.task, template, work.actor, work.method, work.arguments, values, work.num_returns, is_behind)
+        self._out.to_client(client, run)
 
     def _push_to_worker(self, worker: Worker, template: bytes) -> None:
         client = worker.client
@@ -797,6 +846,27 @@ class RayletCore:
             raise InternalError("a driver reported an actor")
         self.hosted.on_started(client.worker, message)
 
+    def _on_setup_failed(self, client: Client, message: m.SetupFailed) -> None:
+        # What it was given fails at once: another worker would fail likewise, and retries are for crashes.
+        worker = client.worker
+        if worker is None:
+            raise InternalError("a driver reported that it could not be set up")
+        for work in list(worker.tasks.values()):
+            if work.actor:
+                self.hosted.on_started(worker, m.ActorReady(work.actor, message.error))
+                continue
+            del worker.tasks[work.task]
+            self.pool.release_arguments(work)
+            results: list[m.Result] = [m.InlineResult(message.error, [])] * self.templates[work.template].num_returns
+            done = m.TaskDone(work.task, results, failed=True, retry=False, seconds=0.0)
+            if work.home == self.rank:
+                self._finish_here(client, work, done)
+            else:
+                self._finish_away(client, work, done)
+        self.lanes.on_worker_gone(worker, message.error)
+        self.on_client_gone(client, "its runtime environment could not be set up")
+        self._out.kill_client(client)
+
     # ------------------------------------------------------------------------------------------------ other peers' news
     def _on_borrow(self, rank: int, message: m.Borrow) -> None:
         self.references.on_borrow(message.id, message.borrower)
@@ -833,6 +903,10 @@ class RayletCore:
     def _on_told(self, rank: int, message: m.Told) -> None:
         self.answer(message.client, m.Answer(message.number, message.ok, message.payload))
 
+    def explain(self, asked: str) -> list[Finding]:
+        """What is known here of something that a user asks about; on rank 0, the GCS's knowledge included."""
+        return explain(self, asked) + (self.gcs.explain(asked) if self.gcs is not None else [])
+
     def answer(self, client: int, answer: m.Answer) -> None:
         """Bring a client the answer to its query, if it still lives."""
         if (asker := self.clients.get(client)) is not None:
@@ -856,30 +930,53 @@ class RayletCore:
         handler(rank, message)
         return True
 
+    @property
+    def next_due(self) -> float | None:
+        """When `end_turn` is to be called even if nothing happens until then; None: not at all."""
+        pool = self.pool
+        dues = (self.table.pressure.next_expiry, self.report_due, pool.look_due, pool.return_due)
+        return min((due for due in dues if due is not None), default=None)
+
     def end_turn(self, now: float) -> None:
         """Place, dispatch and report what this turn changed, until nothing is left to do inside this rank."""
         self.now = now
         tasks, pool = self.tasks, self.pool
-        self.table.end_turn(now)
+        if pool.look_due is not None and pool.look_due <= now:
+            pool.look_behind(now)
         while True:
+            self.table.end_turn(now)
             if self.surveys.asked:
                 self.surveys.answer(now)
             if tasks.has_work:
                 tasks.place()
             if pool.has_work:
                 pool.dispatch(now)
-            if pool.end_idle_leases() and (pool.ready or tasks.queues):
+            if pool.end_idle_leases() and (pool.has_work or tasks.queues):
                 continue  # what they held may be just what others wait for
+            if not self.is_alone and pool.is_short and self._return_overdue(now):
+                continue
             self._report_load()
             if self.gcs is not None:
                 self.gcs.end_turn(now)
             if self.lanes.exist and not self._loopback:
                 self._free_lanes()
-            if not self._loopback:
+            if not self._loopback and not self.memory.has_news:
                 break
             messages, self._loopback = self._loopback, []
             for message in messages:
                 self.on_peer_message(self.rank, message)
+        pool.add_tokens()
+
+    def _return_overdue(self, now: float) -> bool:
+        """Give back to their homes what other ranks may run earlier. True if some of it is of this rank."""
+        returned = self.pool.take_overdue(now)
+        for work in reversed(returned):
+            message = m.Returned(work.task, work.attempt)
+            if work.home == self.rank:
+                self.tasks.on_returned(self.rank, message)
+            else:
+                self._out.send(work.home, message)
+        return any(work.home == self.rank for work in returned)
 
     def _free_lanes(self) -> None:
         # What waits still, at the end of a turn, waits for resources.
@@ -907,6 +1004,7 @@ class RayletCore:
             return  # there is nobody whose tasks could be sent here
         reported = self._reported
         if not self._granted_classes and reported is not None and reported.available == self.ledger.free:
+            self.report_due = None
             return  # as on a head that only has a driver
         load = self._load()
         if load == reported:

@@ -184,8 +184,7 @@ class RankServer:
             core.end_turn(self.loop.now)
             if self._config.check:
                 core.check()
-            self._set_timer(core.table.next_expiry)
-            self._set_timer(core.report_due)
+            self._set_timer(core.next_due)
         for channel in self._dirty:
             channel.flush()
         self._dirty.clear()
@@ -226,6 +225,8 @@ class RankServer:
             channel.outbox.append(message)
             if isinstance(message, m.Registered):
                 channel.descriptors.append(self.arena.fd)
+                if client.worker is not None:
+                    channel.descriptors.append(self.workers.tokens_of(client))
             self._dirty.add(channel)
 
     def send_arena(self, client: Client, rank: int) -> None:
@@ -237,6 +238,12 @@ class RankServer:
 
     def kill_client(self, client: Client) -> None:
         self.workers.kill(client)
+
+    def add_tokens(self, worker: Client, count: int) -> None:
+        self.workers.add_tokens(worker, count)
+
+    def take_tokens(self, worker: Client) -> int:
+        return self.workers.take_tokens(worker)
 
     def new_tag(self, rank: int) -> int:
         assert self.transport is not None

@@ -7,7 +7,9 @@ Rules:
   3. Where there is no room, blocks without pins leave, those least recently looked at first: unused copies, then copies that
      others have too, then primary copies that are on disk as well. If that is not enough, the creator waits, and the keeper
      is told, once per turn, how much is waited for (`on_pressure`): it spills.
-  4. A creator waits until, for `patience` seconds, nothing has come free and no write to disk was begun that is still under
+  4. One that is not wanted any more (its client has died, its object was freed) leaves the queue in that turn: it is told
+     that there is no room, and nobody waits behind it.
+  5. A creator waits until, for `patience` seconds, nothing has come free and no write to disk was begun that is still under
      way; then it is told so. One that asks for more than the arena has is told at the end of the turn.
 
 Blocks in arenas of other ranks of this host are pinned here as well; the last pin on them goes back to that rank.
@@ -68,11 +70,14 @@ class Keeper(Protocol):
 class _Creator:
     """Somebody who waits for room."""
 
-    __slots__ = ("id", "since", "size", "then")
+    __slots__ = ("id", "is_wanted", "since", "size", "then")
 
-    def __init__(self, identifier: bytes, size: int, then: Callable[[Block | None], None]) -> None:
+    def __init__(
+        self, identifier: bytes, size: int, then: Callable[[Block | None], None], is_wanted: Callable[[], bool]
+    ) -> None:
         self.id = identifier
         self.size = size
+        self.is_wanted = is_wanted
         self.since = float("inf")
         """When it began to wait; known at the end of the turn."""
         self.then = then
@@ -99,6 +104,8 @@ class Memory:
         """Primary copies that are on disk as well."""
         self.primaries: Queue = OrderedDict()
         """Primary copies that are nowhere else."""
+        self.freed: dict[int, Block] = {}
+        """Blocks of this arena, by offset, that were abandoned and wait for their last pin."""
         self._creators: deque[_Creator] = deque()
         self._refused: list[_Creator] = []
         """Those who are to be told that there is no room."""
@@ -132,11 +139,14 @@ class Memory:
         block.dead = True
         if not block.pins:
             self._give_back(block)
+        elif block.rank == self._rank:
+            self.freed[block.offset] = block
 
     def _give_back(self, block: Block) -> None:
         if block.rank != self._rank:
             self._out.send(block.rank, m.UnmapObject(block.id))
             return
+        self.freed.pop(block.offset, None)
         self._allocator.free(block.offset)
         self._has_freed = True
         self._serve_creators()
@@ -166,25 +176,40 @@ class Memory:
 
     # ------------------------------------------------------------------------------------------------------------- room
     def reserve(
-        self, identifier: bytes, size: int, then: Callable[[Block | None], None], *, only_free: bool = False
+        self,
+        identifier: bytes,
+        size: int,
+        then: Callable[[Block | None], None],
+        is_wanted: Callable[[], bool] = lambda: True,
+        *,
+        only_free: bool = False,
     ) -> None:
         """Call `then` with memory for the object, at once or when there is room; with None if none comes.
 
-        That is not known before the end of the turn. With `only_free`, nothing else leaves for it, and it does not wait.
+        That is not known before the end of the turn; nor does one wait longer who is not wanted any more. With `only_free`,
+        nothing else leaves for it, and it does not wait.
         """
-        creator = _Creator(identifier, size, then)
-        if size > self._allocator.size or (only_free and (self._creators or self._allocator.largest_free < size)):
+        creator = _Creator(identifier, size, then, is_wanted)
+        if size > self._allocator.size or (only_free and not self.is_free(size)):
             self._refused.append(creator)
         elif not self._creators and (block := self._make_room(creator)) is not None:
             then(block)
         else:
             self._creators.append(creator)
 
+    def is_free(self, size: int) -> bool:
+        """Whether there is memory for an object that nobody would have to leave, or to wait longer, for."""
+        return not self._creators and self._allocator.fits(size)
+
     def on_turn(self, now: float) -> None:
-        """At the end of each turn in which somebody waits: have room made, and tell those whose time is over."""
+        """At the end of each turn in which somebody waits: have room made, and tell those whose time is over.
+
+        Again in the same turn if that `has_news`: who is told may ask again, and would not be looked at before the next one.
+        """
         refused, self._refused = self._refused, []
         for creator in refused:
             creator.then(None)
+        self._dismiss(lambda creator: not creator.is_wanted())
         if self._creators:
             self._busy_since = self._keeper.on_pressure(sum(creator.size for creator in self._creators), now)
         if self._has_freed:
@@ -192,10 +217,16 @@ class Memory:
             self._freed_at = now
         for creator in self._creators:
             creator.since = min(creator.since, now)
-        late = [creator for creator in self._creators if self._deadline(creator) <= now]
-        if late:
-            self._creators = deque(creator for creator in self._creators if self._deadline(creator) > now)
-            for creator in late:
+        self._dismiss(lambda creator: self._is_late(creator, now))
+
+    def _dismiss(self, is_meant: Callable[[_Creator], bool]) -> None:
+        kept: deque[_Creator] = deque()
+        dismissed: list[_Creator] = []
+        for creator in self._creators:
+            (dismissed if is_meant(creator) else kept).append(creator)
+        if dismissed:
+            self._creators = kept
+            for creator in dismissed:
                 creator.then(None)
             self._serve_creators()
 
@@ -206,11 +237,20 @@ class Memory:
     def _deadline(self, creator: _Creator) -> float:
         return max(creator.since, self._freed_at, self._busy_since) + self._patience
 
+    def _is_late(self, creator: _Creator, now: float) -> bool:
+        # Nobody is in the turn of its asking, whatever the patience: who is told may ask for the same again at once.
+        return creator.since < now and self._deadline(creator) <= now
+
     @property
     def next_expiry(self) -> float | None:
         """When `on_turn` should be called, if a creator waits."""
         due = min(map(self._deadline, self._creators), default=float("inf"))
         return due if due < float("inf") else None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether somebody has asked in vain since the last `on_turn`."""
+        return bool(self._refused) or (bool(self._creators) and self._creators[-1].since == float("inf"))
 
     @property
     def is_waited_for(self) -> bool:
@@ -220,6 +260,8 @@ class Memory:
     def _serve_creators(self) -> None:
         while self._creators:
             first = self._creators[0]
+            if not first.is_wanted():
+                return  # the end of the turn is near
             block = self._make_room(first)
             if block is None:
                 return
@@ -256,6 +298,11 @@ class Memory:
         return self._allocator.used
 
     @property
+    def count(self) -> int:
+        """How many objects have memory in the arena, those that are being written included."""
+        return self._allocator.count
+
+    @property
     def largest_free(self) -> int:
         """Bytes of the largest free piece."""
         return self._allocator.largest_free
@@ -269,3 +316,6 @@ class Memory:
                     raise InternalError(f"rank {self._rank}: {identifier.hex()} may leave, but somebody looks at it")
                 if block.queue is not queue:
                     raise InternalError(f"rank {self._rank}: {identifier.hex()} waits in the wrong queue")
+        for offset, block in self.freed.items():
+            if block.offset != offset or not block.dead or block.pins < 1:
+                raise InternalError(f"rank {self._rank}: {block.id.hex()} is freed, and its memory is not given back")

@@ -17,7 +17,7 @@ from hpcray.gcs.core import GcsCore
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import decode_from_client, decode_from_peer, decode_from_raylet, encode
 from hpcray.raylet.clients import Client
-from hpcray.raylet.core import NodeInfo, RayletCore
+from hpcray.raylet.core import LOAD_DELAY, NodeInfo, RayletCore
 from hpcray.raylet.lanes import Key
 from hpcray.resources import UNIT, Shape
 from hpcray.store.entry import Extent
@@ -43,6 +43,8 @@ class Node:
         self.memory = bytearray(cluster.nodes[rank].arena_size + ARENA_START)
         self.processes: dict[int, Process] = {}
         self.outboxes: dict[Link, list[Any]] = {}
+        self.tokens: dict[int, int] = {}
+        """Per worker that was sent tasks behind others, how many it has not started."""
         self.disk: dict[Extent, bytearray] = {}
         self.disk_is_full = False
         self.disk_jobs: dict[int, Callable[[], None]] = {}
@@ -66,7 +68,7 @@ class Node:
     def would_retry(self) -> bool:
         """Whether time alone brings it on: a write that failed would be tried again, and succeed."""
         table = self.core.table
-        return table.memory.is_waited_for and table.spiller.retry_at is not None and not self.disk_is_full
+        return table.memory.is_waited_for and table.pressure.spiller.retry_at is not None and not self.disk_is_full
 
     def end_turn(self) -> None:
         """What a turn of the event loop ends with: the cores act, then each peer gets one frame."""
@@ -97,6 +99,17 @@ class Node:
 
     def close_client(self, client: Client) -> None:
         self.kill_client(client)
+
+    def add_tokens(self, worker: Client, count: int) -> None:
+        self.tokens[worker.number] = self.tokens.get(worker.number, 0) + count
+
+    def take_tokens(self, worker: Client) -> int:
+        return self.tokens.pop(worker.number, 0)
+
+    def take_token(self, number: int) -> bool:
+        left = self.tokens.get(number, 0)
+        self.tokens[number] = max(0, left - 1)
+        return left > 0
 
     def new_tag(self, rank: int) -> int:
         return self._cluster.bulk.new_tag(self.rank, rank)
@@ -221,7 +234,7 @@ class Cluster:
     Args:
         cpus: Per rank, how many CPUs it offers.
         machines: Per rank, where it runs; ranks of one machine map each other's memory. Default: all apart.
-        arena_size: Bytes of each rank's arena, a multiple of 64.
+        arena_size: Bytes of each rank's arena, or of each one's by rank; multiples of 64.
         store_timeout: Seconds that the creator of an object waits for room.
         extra: Resources that each rank offers besides CPUs.
     """
@@ -231,7 +244,7 @@ class Cluster:
         cpus: Sequence[int],
         *,
         machines: Sequence[str] = (),
-        arena_size: int = 1 << 16,
+        arena_size: int | Sequence[int] = 1 << 16,
         store_timeout: float = 1e9,
         inline_limit: int = 1000,
         extra: Shape | None = None,
@@ -244,7 +257,7 @@ class Cluster:
                 machines[rank] if machines else f"machine{rank}",
                 1000 + rank,
                 {**({"CPU": count * UNIT} if count else {}), **(extra or {})},
-                arena_size,
+                arena_size if isinstance(arena_size, int) else arena_size[rank],
             )
             for rank, count in enumerate(cpus)
         ]
@@ -318,9 +331,12 @@ class Cluster:
                 self.deliver(choose(links))
                 if check:
                     self.check()
-            if not any(node.core.report_due is not None or node.would_retry for node in self.ranks):
+            if any(node.core.report_due is not None for node in self.ranks):
+                self.advance(LOAD_DELAY)
+            elif any(node.would_retry for node in self.ranks):
+                self.advance(1.0)
+            else:
                 return
-            self.advance(1.0)
 
     def advance(self, seconds: float) -> None:
         """Let time pass; every rank looks at the clock."""
@@ -354,9 +370,13 @@ class Cluster:
         self.ranks[process.rank].kill(process.number)
 
     def check(self) -> None:
-        """Raise if a core disagrees with itself, or memory changed under somebody's eyes."""
+        """Raise if a core disagrees with itself, memory changed under somebody's eyes, or somebody waits for a turn that does
+        not come."""
         for node in self.ranks:
-            node.core.check()
+            core = node.core
+            core.check()
+            if core.memory.is_waited_for and (core.memory.has_news or core.table.pressure.next_expiry is None):
+                raise AssertionError(f"rank {node.rank}: somebody waits for room, and nobody looks at the clock for it")
         for process in self.processes:
             process.check()
 

@@ -159,6 +159,11 @@ class Program:
         if blocked := [p for p in self.cluster.processes if p.wanted]:
             self.random.choice(blocked).stop_getting()
 
+    def stop_writing(self) -> None:
+        """A `put`, or the writing of a result, is interrupted."""
+        if writing := [p for p in self.cluster.processes if p.is_writing]:
+            self.random.choice(writing).stop_writing()
+
     def release(self) -> None:
         """`del ref`, at any process, even one that idles with references in its globals."""
         process = self.random.choice(self.cluster.processes)
@@ -184,6 +189,10 @@ class Program:
         if workers := self.cluster.workers:
             self.has_killed = True
             self.cluster.kill(self.random.choice(workers))
+
+    def let_time_pass(self) -> None:
+        """Long enough for what waits behind long tasks to be taken back, and for what found no worker to go home."""
+        self.cluster.advance(0.06)
 
     def fill_disk(self) -> None:
         """A disk is full, or is no longer."""
@@ -303,8 +312,10 @@ def random_step(program: Program, random: Random, *, kills: bool, failures: bool
         program.watch()
     elif draw < 0.80:
         program.stop_getting()
-    elif draw < 0.86:
+    elif draw < 0.84:
         program.release()
+    elif draw < 0.86:
+        program.let_time_pass()
     elif draw < 0.98 or not kills:
         program.finish_task(
             large=random.random() < 0.4,

@@ -17,6 +17,7 @@ from typing import Any
 from hpcray import payload
 from hpcray.gcs.core import GcsCore
 from hpcray.ids import task_id
+from hpcray.observe.findings import Finding
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Client
 from hpcray.raylet.core import NodeInfo, RayletCore
@@ -153,6 +154,9 @@ class _TimedGcs:
     @property
     def is_waiting_for_room(self) -> bool:
         return self.core.is_waiting_for_room
+
+    def explain(self, asked: str) -> list[Finding]:
+        return self.core.explain(asked)
 
     def on_message(self, rank: int, message: m.PeerMessage) -> None:
         start = perf_counter()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hpcray import ids
+from hpcray.environments.wanted import Environment
 from hpcray.labels import label_rules
 from hpcray.options import actor_template, check_actor_options, check_task_options, task_template
 from hpcray.protocol.messages import LabelRule, Template
@@ -41,12 +42,12 @@ class Group:
 
 def task(caller: Surroundings = NOWHERE, **options: Any) -> Template:
     check_task_options(options)
-    return task_template(b"job", b"f", "f", options, caller)
+    return task_template(b"job", b"f", "f", options, Environment(), caller)
 
 
 def actor(**options: Any) -> Template:
     check_actor_options(options)
-    return actor_template(b"job", b"A", "A", options)
+    return actor_template(b"job", b"A", "A", options, Environment())
 
 
 def in_group(*arguments: Any) -> dict[str, Any]:

@@ -264,3 +264,7 @@ def test_the_text_of_strict_spread_says_that_nodes_are_too_few():
 def test_without_nodes_nothing_fits(strategy):
     assert place_bundles(bundles_of({"CPU": 1}), strategy, []) is None
     assert not bundles_could_fit(bundles_of({"CPU": 1}), strategy, [])
+
+
+def test_strict_pack_goes_nowhere_else_when_the_node_of_its_other_bundles_is_unknown():
+    assert place_bundles(bundles_of({"CPU": 1}, {"CPU": 1}), "STRICT_PACK", [node(0, CPU=4)], placed={0: 7}) is None

@@ -15,8 +15,8 @@ def rank(host="a", **changed):
     fields = {
         "version": "1", "python": "3", "host": host, "machine": host, "pid": 1, "affinity": list(range(8)), "cpus_on_host": 8,
         "cpus_of_rank": None, "memory": 8 * GIB, "gpus": None, "gpu_variable": "CUDA_VISIBLE_DEVICES", "num_cpus": None,
-        "num_gpus": None, "head_cpus": None, "resources": {}, "labels": {}, "switch": [], "doorbell": b"", "nonce": b"nonce678",
-        "store": 0,
+        "num_gpus": None, "head_cpus": None, "resources": {}, "labels": {}, "switch": [], "doorbell": b"",
+        "nonce": b"nonce678", "store": 0,
     }  # fmt: skip
     return Introduction(**{**fields, **changed})
 

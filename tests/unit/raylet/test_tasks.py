@@ -252,6 +252,27 @@ def test_resources_of_this_rank_are_asked_for_again_after_a_question_in_between(
     assert len([worker for worker in cluster.running if worker.actor]) == 1
 
 
+def test_room_that_comes_back_before_its_lack_was_reported_leaves_no_report_to_be_made():
+    # An actor on a rank that was granted no task starts one there itself.
+    cluster = Cluster([0, 1])
+    driver = cluster.add_driver()
+    actor = driver.create_actor(cluster.template(driver, "A", node=1, resources={}, actor=m.ActorOptions()))
+    cluster.run()
+    cluster.worker_on(1).finish()
+    driver.call(actor)
+    cluster.run()
+    caller = cluster.worker_on(1)
+    caller.submit(cluster.template(caller, "f"))
+    while not (others := [worker for worker in cluster.running if worker is not caller]):
+        cluster.deliver(cluster.choices()[0])
+    core = cluster.ranks[1].core
+    assert core.report_due is not None
+    others[0].finish()
+    while links := cluster.choices():
+        cluster.deliver(links[0])
+    assert core.report_due is None
+
+
 def test_a_task_runs_only_where_the_labels_are_that_it_asks_for():
     cluster = Cluster([2, 2])
     for rank, disk in enumerate(["slow", "fast"]):

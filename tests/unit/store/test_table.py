@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -12,12 +12,25 @@ from hpcray import ids, payload
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import AWAY, GET, HERE, INLINE, MAPPED, Extent
+from hpcray.store.entry import AWAY, GET, HERE, INLINE, MAPPED, SPILLED
 from hpcray.store.memory import Block
-from hpcray.store.pulls import Done, Transfer
 from hpcray.store.table import ObjectTable
 from hpcray.testing.cluster import Cluster
 from hpcray.testing.process import Process
+from tests.unit.store.lone_table import (
+    FAR,
+    FARTHER,
+    ME,
+    NEIGHBOUR,
+    PATIENCE,
+    SIZE,
+    ask,
+    borrowed,
+    fetch,
+    name,
+    need,
+    write,
+)
 
 ORDERS = 15
 
@@ -277,6 +290,36 @@ def test_the_view_of_an_argument_ends_with_the_task():
     assert cluster.workers
 
 
+def test_a_large_argument_of_a_task_that_has_failed_meanwhile_is_freed_once():
+    # x, y = fails.remote(), large.remote(); z = g.remote(x, y); del x, y           # another driver waits for the room
+    cluster = Cluster([2], arena_size=1 << 13)
+    driver, other = cluster.add_driver(), cluster.add_driver()
+    (y,) = driver.submit(cluster.template(driver, "large"))
+    cluster.run()
+    writer = cluster.worker_on(0)
+    (x,) = driver.submit(cluster.template(driver, "fails"))
+    cluster.run()
+    (failing,) = (worker for worker in cluster.running if worker is not writer)
+    (z,) = driver.submit(cluster.template(driver, "g"), [x, y])
+    driver.release([x, y])
+    cluster.run()
+    failing.finish(failed=True)
+    cluster.run()
+    writer.finish(large=True, size=6000)
+    cluster.deliver(("up", 0, writer.number))
+    first = other.put(size=4000, large=True)
+    cluster.deliver(("up", 0, other.number))
+    assert first not in cluster.ranks[0].core.table.entries, "it waits for room"
+    cluster.run()
+    second = other.put(size=4000, large=True)
+    cluster.run()
+    other.get([first, second])
+    driver.get([z])
+    cluster.run()
+    assert other.values.keys() == {first, second}
+    assert driver.errors.keys() == {z}
+
+
 def test_a_list_of_many_objects_that_hold_each_other_is_freed():
     # for _ in range(5000): ref = put([ref])
     cluster, driver = three_hosts()
@@ -307,123 +350,6 @@ def test_a_long_chain_of_tasks_fails_with_its_first():
 
 
 # -------------------------------------------------------------------------------------------------- the table by itself
-ME, NEIGHBOUR, FAR, FARTHER = 0, 1, 2, 3
-SIZE = 4096
-PATIENCE = 5.0
-
-
-def name(home: int, number: int) -> bytes:
-    return ids.object_id(ids.task_id(ids.client_prefix(home, b"12345678", 1), number), 0)
-
-
-class Out:
-    """Keeps what the table says."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[int, Any]] = []
-        self.receiving: dict[int, tuple[int, Block, Callable[[str | None], None]]] = {}
-        self.serving: list[tuple[int, int, Block, Callable[[str | None], None]]] = []
-        self.writing: list[tuple[list[Block], Callable[[list[Extent], str | None], None]]] = []
-        self.reading: list[tuple[Extent, Block, Callable[[str | None], None]]] = []
-        self.forgotten: list[Extent] = []
-
-    def send(self, rank: int, message: Any) -> None:
-        self.sent.append((rank, message))
-
-    def share_host(self, rank: int, other: int) -> bool:
-        return rank == other or {rank, other} == {ME, NEIGHBOUR}
-
-    def new_tag(self, rank: int) -> int:
-        return len(self.sent) + 1
-
-    def receive(self, transfer: Transfer, done: Done) -> None:
-        self.receiving[transfer.tag] = (transfer.rank, transfer.block, done)
-
-    def end_receive(self, rank: int, tag: int, size: int, why: str) -> None:
-        if tag in self.receiving:
-            self.receiving.pop(tag)[2](why)
-
-    def serve(self, transfer: Transfer, done: Done) -> None:
-        self.serving.append((transfer.rank, transfer.tag, transfer.block, done))
-
-    def hasten(self, rank: int, tag: int, urgency: int) -> None:
-        raise AssertionError("nothing here is served while it becomes more urgent")
-
-    def end_serve(self, rank: int, tag: int, why: str) -> int:
-        raise AssertionError("nothing here is served and cut short")
-
-    def spill(self, blocks: list[Block], done: Callable[[list[Extent], str | None], None]) -> None:
-        self.writing.append((blocks, done))
-
-    def restore(self, extent: Extent, block: Block, done: Callable[[str | None], None]) -> None:
-        self.reading.append((extent, block, done))
-
-    def forget(self, extent: Extent) -> None:
-        self.forgotten.append(extent)
-
-    def holders(self) -> list[str]:
-        return ["somebody looks at some bytes"]
-
-    def take(self) -> list[tuple[int, Any]]:
-        sent, self.sent = self.sent, []
-        return sent
-
-    def arrive(self, error: str | None = None) -> None:
-        """The one transfer that is under way ends."""
-        ((tag, (_, _, done)),) = self.receiving.items()
-        del self.receiving[tag]
-        done(error)
-
-
-@pytest.fixture
-def out() -> Out:
-    return Out()
-
-
-@pytest.fixture
-def table(out: Out) -> Iterator[ObjectTable]:
-    table = ObjectTable(ME, Allocator(0, SIZE), out, patience=PATIENCE)
-    yield table
-    table.check()
-
-
-def write(table: ObjectTable, identifier: bytes, size: int = 1024) -> Block:
-    blocks: list[Block | None] = []
-    table.memory.reserve(identifier, size, blocks.append)
-    (block,) = blocks
-    assert block is not None
-    return block
-
-
-def need(table: ObjectTable, identifier: bytes, ranks: list[int], size: int = 1024) -> None:
-    """A task that came here needs the object; who sent it says where the object is."""
-    table.references.add_guest(identifier)
-    table.learn_copies(identifier, size, ranks)
-
-
-def fetch(table: ObjectTable, out: Out, identifier: bytes, size: int = 1024) -> None:
-    """A task's argument comes here from afar; when the task is done it stays as a copy that may be evicted."""
-    need(table, identifier, [FAR], size)
-    assert not table.when_local(identifier, lambda _: None)
-    out.arrive()
-    table.references.drop_guest(identifier)
-    out.take()
-
-
-def ask(table: ObjectTable, size: int) -> list[Block | None]:
-    """What a creator is told, once it is told."""
-    told: list[Block | None] = []
-    table.memory.reserve(name(ME, 99), size, told.append)
-    return told
-
-
-def borrowed(table: ObjectTable, out: Out, identifier: bytes) -> None:
-    """Hold a reference that is homed elsewhere, and have the home count it."""
-    table.references.hold(identifier)
-    table.references.on_borrowed(ids.home_of(identifier))
-    out.take()
-
-
 def test_to_drop_what_nobody_holds_is_a_bug(table):
     with pytest.raises(InternalError, match="nothing here holds"):
         table.references.drop(name(ME, 1))
@@ -523,6 +449,26 @@ def test_a_result_that_nobody_wants_any_more_is_let_go_of(table, out, kind):
     assert table.memory.in_use == 0
 
 
+@pytest.mark.parametrize("kind", ["inline", "here", "away"])
+def test_an_object_whose_last_holder_lets_go_when_it_hears_of_it_is_freed_once(table, out, kind):
+    # g.remote(fails.remote(), x): when x exists, g has all its arguments, and fails at once
+    x = name(ME, 1)
+    table.references.create(x)
+    fetched = []
+    assert not table.when_exists(x, lambda: table.references.drop(x))
+    assert not table.when_local(x, fetched.append)
+    if kind == "inline":
+        table.set_inline(x, b"\0", [])
+    elif kind == "here":
+        table.set_here(x, write(table, x), [])
+    else:
+        table.set_away(x, FAR, 1024, [])
+    assert not table.entries
+    assert table.memory.in_use == 0
+    assert not out.receiving
+    assert [payload.describe_system_error(error)[0] for error in fetched] == ["ObjectLostError"]
+
+
 def test_memory_goes_back_when_the_last_view_is_gone(table):
     x = name(ME, 1)
     table.references.create(x)
@@ -580,6 +526,15 @@ def test_the_home_answers_where_an_object_is_once_it_exists(table, out):
     table.transfers.on_copy_dropped(x, FAR)
     table.on_locate(x, 7)
     assert out.take() == [(7, m.Located(x, None, 1024, [FARTHER]))]
+
+
+def test_who_asks_for_an_object_that_is_freed_before_it_exists_is_told_so(table, out):
+    x = name(ME, 1)
+    table.references.create(x)
+    table.on_locate(x, FAR)
+    table.references.drop(x)
+    ((_, message),) = out.take()
+    assert payload.describe_system_error(message.data)[0] == "ObjectLostError"
 
 
 def test_the_home_says_so_when_it_is_asked_for_what_it_freed(table, out):
@@ -848,14 +803,127 @@ def test_when_the_time_of_a_large_request_is_over_those_behind_it_are_served(tab
     table.end_turn(0.0)
     small = ask(table, 64)
     table.end_turn(1.0)
-    assert table.next_expiry == PATIENCE
+    assert table.pressure.next_expiry == PATIENCE
     table.end_turn(PATIENCE)
     assert large == [None]
     assert len(small) == 1
     assert small[0] is not None
 
 
+def test_nobody_waits_behind_a_request_of_a_client_that_has_died():
+    cluster = Cluster([1], arena_size=1 << 13, store_timeout=50.0)
+    driver, other = cluster.add_driver(), cluster.add_driver()
+    x = driver.put(size=5000, large=True)
+    cluster.run()
+    driver.get([x])
+    cluster.run()
+    other.put(size=6000, large=True)
+    cluster.run()
+    y = driver.put(size=1000, large=True)
+    cluster.run()
+    entries = cluster.ranks[0].core.table.entries
+    assert y not in entries
+    cluster.kill(other)
+    cluster.run()
+    assert y in entries
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+def test_memory_that_will_not_be_written_is_free_again(has_it):
+    cluster = Cluster([1], arena_size=1 << 13, store_timeout=50.0)
+    driver, other = cluster.add_driver(), cluster.add_driver()
+    if not has_it:
+        x = other.put(size=5000, large=True)
+        other.get([x])
+        cluster.run()
+    driver.put(size=6000, large=True)
+    cluster.deliver(("up", 0, driver.number))
+    driver.stop_writing()
+    cluster.run()
+    assert cluster.ranks[0].core.memory.in_use < 6000
+    y = driver.put(size=1000, large=True)
+    cluster.run()
+    assert y in cluster.ranks[0].core.table.entries
+
+
+def test_nobody_waits_behind_a_fetch_whose_object_was_freed(table, out):
+    x, filler = name(ME, 1), name(ME, 2)
+    write(table, filler, SIZE // 2)
+    table.references.create(x)
+    table.set_away(x, FAR, SIZE, [])
+    assert not table.when_local(x, lambda _: None)
+    told = ask(table, 64)
+    table.end_turn(0.0)
+    assert told == []
+    table.references.drop(x)
+    table.end_turn(0.1)
+    assert len(told) == 1
+    assert told[0] is not None
+    assert not out.receiving
+
+
 def test_what_is_larger_than_the_arena_is_refused_in_the_same_turn(table):
     told = ask(table, SIZE + 64)
     table.end_turn(0.0)
     assert told == [None]
+
+
+def test_a_refusal_that_makes_another_ask_in_vain_is_news(table):
+    told = []
+    for number in (1, 2):  # the second is asked for when the first has ended
+        need(table, name(FAR, number), [FAR], SIZE * 2)
+        assert not table.when_local(name(FAR, number), told.append)
+    table.end_turn(0.0)
+    assert len(told) == 1
+    assert table.memory.has_news
+    table.end_turn(0.0)
+    assert len(told) == 2
+    assert not table.memory.has_news
+
+
+def test_without_patience_who_asks_again_at_once_is_told_in_the_next_turn(out):
+    table = ObjectTable(ME, Allocator(0, SIZE), out, patience=0.0)
+    write(table, name(ME, 1), SIZE)
+    told = []
+
+    def ask_again(block: Block | None) -> None:
+        told.append(block)
+        table.memory.reserve(name(ME, 2), SIZE, ask_again)
+
+    ask_again(None)
+    table.end_turn(0.0)
+    assert told == [None]
+    table.end_turn(0.1)
+    assert told == [None, None]
+    table.end_turn(0.1)
+    assert told == [None, None]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_task_whose_argument_is_on_disk_runs_if_nothing_else_happens(ranks):
+    # The room for it is asked for at the end of the turn, when the task is dispatched.
+    cluster = Cluster([1] * ranks, arena_size=1 << 13, store_timeout=5.0)
+    driver = cluster.add_driver()
+    objects = []
+    for _ in range(8):
+        objects.append(driver.put(size=2000, large=True))
+        cluster.run()
+    entries = cluster.ranks[0].core.table.entries
+    spilled = next(i for i in objects if entries[i].state == SPILLED)
+    driver.submit(on(cluster, driver, 0), [spilled])
+    cluster.run()
+    assert cluster.running
+
+
+def test_two_results_that_are_larger_than_the_drivers_arena_are_two_errors():
+    cluster = Cluster([0, 1], arena_size=[1 << 12, 1 << 14])
+    driver = cluster.add_driver()
+    refs = []
+    for _ in range(2):
+        refs += driver.submit(on(cluster, driver, 1))
+        cluster.run()
+        cluster.worker_on(1).finish(large=True, size=5000)
+        cluster.run()
+    driver.get(refs)
+    cluster.run()
+    assert driver.errors.keys() == {*refs}
