@@ -110,7 +110,7 @@ def test_root_may_run_open_mpi(mpi, starter):
     [
         ("hpcray.init(); hpcray.init()", "RuntimeError: init() was called twice"),
         ("hpcray.init(num_cpus=-1)", "ValueError: num_cpus"),
-        ("hpcray.init(resources={'licence': -1})", "ValueError: the amount of resource 'licence'"),
+        ("hpcray.init(resources={'licence': -1})", "ValueError: the amount of 'licence'"),
         ("hpcray.init(address='nonsense')", "ValueError: address"),
         ("hpcray.init(address='hpcray-0-job-00')", "ConnectionError: no job answers"),
         ("hpcray.init(no_such=1)", "no_such"),
