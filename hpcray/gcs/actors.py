@@ -150,7 +150,7 @@ class Actors:
         fitting = [node for node in nodes if node.has_room_for(needed)]
         if spec.node_is_soft and spec.node in {node.rank for node in fitting}:
             return spec.node
-        best = policies.order(spec, fitting)
+        best = list(policies.order(spec, fitting))
         living = self._living
         # Those that the policy likes as well as the best one: the one with the fewest actors.
         return min(best, key=lambda node: (living.get(node.rank, 0), node.rank)).rank if best else None

@@ -71,7 +71,7 @@ class Scheduler:
             nodes = self._nodes_of(template, spec)
             self._grant_near(template, spec, nodes, granted)
             if template in self._demands:
-                self._grant(template, spec, policies.order(spec, list(nodes.values())), granted)
+                self._grant(template, spec, list(policies.order(spec, nodes.values())), granted)
             if template in self._demands:
                 self._starved.add(template)
         self._news.clear()

@@ -26,6 +26,7 @@ COMMANDS: dict[str, list[str]] = {
     "boot": ["bench_boot.py"],
     "idle": ["bench_idle.py"],
     "transfer": ["mpirun", "4", "bench_transfer.py"],
+    "policies": ["bench_policies.py"],
 }
 """What follows `python`, all but `--quick`."""
 MORE_COMMANDS: dict[str, list[str]] = {
