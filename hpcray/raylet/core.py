@@ -677,6 +677,14 @@ class RayletCore:
         else:
             self._report_crash(work, error)
 
+    def lost_its_bundle(self, work: Work) -> None:
+        """Its placement group was removed after it had been sent here."""
+        if work.actor:
+            self.hosted.lost_its_bundle(work)
+        else:
+            spec = self.templates[work.template]
+            self._report_crash(work, payload.group_removed(spec.group, spec.name))
+
     def _report_crash(self, work: Work, error: bytes) -> None:
         if work.home != self.rank:
             self.references.after_borrows(lambda: self.send(work.home, m.Crashed(work.task, work.attempt, error)))
@@ -865,7 +873,12 @@ class RayletCore:
         if self.is_alone and not self.gcs_wants_load:
             return  # there is nobody whose tasks could be sent here
         reported = self._reported
-        if not self._granted_classes and reported is not None and reported.available == self.ledger.free:
+        if (
+            not self._granted_classes
+            and reported is not None
+            and reported.available == self.ledger.free
+            and reported.units == self.ledger.free_units
+        ):
             return  # as on a head that only has a driver
         load = self._load()
         if load == reported:

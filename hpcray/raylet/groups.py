@@ -27,7 +27,7 @@ class GroupsOut(Protocol):
     def report_load(self) -> None: ...
     def template(self, identifier: bytes) -> m.Template: ...
     def kill_worker(self, worker: Worker) -> None: ...
-    def could_not_run(self, work: Work, error: bytes) -> None: ...
+    def lost_its_bundle(self, work: Work) -> None: ...
 
 
 class Groups:
@@ -94,12 +94,7 @@ class Groups:
             worker = client.worker
             if worker is not None and worker.holding is not None and worker.holding.account in accounts:
                 self._out.kill_worker(worker)
-        if message.group in self._pool.ledger.groups:
-            return
-        # Tasks that no worker has go back to their homes, which hear from the GCS what became of the group; actors are the
-        # GCS's to end.
         for template in self._pool.classes_without_worker:
-            spec = self._out.template(template) if template else None
-            if spec is not None and spec.group == message.group and spec.actor is None:
+            if self._pool.has_no_bundle(template):
                 for work in self._pool.withdraw(template, lambda _: True):
-                    self._out.could_not_run(work, payload.group_removed(message.group, spec.name))
+                    self._out.lost_its_bundle(work)

@@ -6,7 +6,7 @@ A worker that blocks gives its CPUs back and takes them again when it goes on, w
 Rules:
   1. In each account, total = free + Σ what its holdings have, per resource; likewise for each unit (GPU).
   2. A bundle is a holding of the raylet's own account, and an account to those who run in it.
-  3. A bundle that is given up takes nobody in, and goes back to the raylet when the last holding in it does.
+  3. A bundle that is given up takes nobody in, and goes back to the raylet when the last holding in it does, paused or not.
 """
 
 from __future__ import annotations
@@ -104,12 +104,21 @@ class Account:
 class Bundle(Account):
     """A part of a raylet's resources that a placement group has set aside."""
 
-    __slots__ = ("holding",)
+    __slots__ = ("holding", "users")
 
     def __init__(self, holding: Holding) -> None:
         units = {name: dict.fromkeys(parts, 0) | parts for name, parts in holding.units.items()}
         super().__init__(holding.shape, units)
         self.holding = holding
+        self.users = 0
+
+    def take(self, shape: Shape) -> Holding:
+        self.users += 1
+        return super().take(shape)
+
+    def give_back(self, holding: Holding) -> None:
+        self.users -= 1
+        super().give_back(holding)
 
 
 class Ledger:
@@ -202,7 +211,7 @@ class Ledger:
 
     def _end_if_unused(self, account: Account) -> None:
         assert isinstance(account, Bundle)
-        if account.free == account.total and account.free_units == account.units:
+        if not account.users:
             self._leaving.discard(account)
             self._own.give_back(account.holding)
 
@@ -213,9 +222,9 @@ class Ledger:
         of_account: dict[Account, list[Holding]] = {account: [] for account in [self._own, *bundles]}
         of_account[self._own] += [bundle.holding for bundle in bundles]
         for holding in holdings:
-            if holding.account not in of_account and holding.shape:
+            if holding.account not in of_account:
                 raise InternalError(f"somebody has {holding.shape} of a bundle that went back")
-            of_account.setdefault(holding.account, []).append(holding)
+            of_account[holding.account].append(holding)
         for account, held in of_account.items():
             free = dict(account.free)
             free_units = {name: dict(each) for name, each in account.free_units.items()}
@@ -227,3 +236,5 @@ class Ledger:
                         free_units[name][number] += part
             if free != account.total or free_units != account.units:
                 raise InternalError(f"{account.free} free and what is held make {free}, not {account.total}")
+            if isinstance(account, Bundle) and account.users != len(held):
+                raise InternalError(f"{len(held)} are in a bundle that counts {account.users}")

@@ -260,6 +260,7 @@ class Tasks:
         for identifier in list(self.queues):
             template = self._out.template(identifier)
             if template.group == group:
+                self._pool.left_waiting.discard(identifier)
                 for task in self.queues.pop(identifier):
                     self._fail(task, payload.group_removed(group, template.name))
 

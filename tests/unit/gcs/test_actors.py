@@ -76,7 +76,7 @@ def test_an_actor_is_placed_started_and_announced(directory):
     directory.place()
     assert record.state == STARTING
     assert directory.out.take() == [(HOME, m.PlaceActor(A, 1, 0))]
-    assert directory.nodes[0].placing == {A: CPU}
+    assert directory.nodes[0].placing == {A: [CPU]}
     directory.on_started(m.ActorStarted(A, 1, None))
     assert not directory.nodes[0].placing
     assert changes(directory.out.take()) == [(HOME, ALIVE)]

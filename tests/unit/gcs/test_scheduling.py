@@ -138,9 +138,9 @@ def test_the_demands_of_an_ended_job_are_forgotten():
 
 def test_actors_on_their_way_take_up_room_for_actors():
     node = NodeView(0, {"CPU": 2 * UNIT})
-    node.placing[b"a"] = CPU
+    node.placing[b"a"] = [CPU]
     assert node.has_room_for(CPU)
-    node.placing[b"b"] = CPU
+    node.placing[b"b"] = [CPU]
     assert not node.has_room_for(CPU)
     assert node.has_room_for({})
 
