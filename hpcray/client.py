@@ -92,6 +92,8 @@ class Client:
         self.host = ""
         self.job = b""
         self.job_definition = b""
+        self.captured_group = b""
+        """The placement group of the running task, if what it submits goes there."""
         """Id of the definition that holds the job's configuration, part of every template made here."""
         self.namespace = ""
         self.inline_limit = 0

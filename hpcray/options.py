@@ -145,7 +145,14 @@ def _strategy(options: Mapping[str, Any]) -> dict[str, Any]:
     if strategy == "SPREAD":
         return {"spread": True}
     if hasattr(strategy, "placement_group"):
-        return {"group": strategy.placement_group.id.binary(), "bundle": strategy.placement_group_bundle_index}
+        group = strategy.placement_group
+        if group is None or group.is_empty:
+            return {}
+        return {
+            "group": group.id.binary(),
+            "bundle": strategy.placement_group_bundle_index,
+            "captures": bool(strategy.placement_group_capture_child_tasks),
+        }
     return {
         "node": ids.rank_of_node(strategy.node_id),
         "node_is_soft": bool(getattr(strategy, "soft", False)),

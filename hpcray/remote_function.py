@@ -9,6 +9,7 @@ from typing import Any
 
 from hpcray import ids
 from hpcray.client import Client, require_client
+from hpcray.grouping import put_in_group
 from hpcray.object_ref import ObjectRef
 from hpcray.options import check_task_options, task_template
 from hpcray.protocol import messages as m
@@ -55,8 +56,8 @@ class RemoteFunction:
         self._signature = inspect.signature(function)
         self._takes_nothing = not self._signature.parameters
         self._shared = shared or _Export(function, self._name)
-        self._exported: tuple[Client, bytes, int] | None = None
-        """For this connection: template id and number of returns."""
+        self._exported: tuple[Client, bytes, bytes, int] | None = None
+        """For this connection and captured placement group: template id and number of returns."""
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,12 +74,13 @@ class RemoteFunction:
 
         Raises:
             TypeError: The arguments do not fit the function, or cannot be pickled.
+            ValueError: What it asks for fits into no bundle of its placement group.
         """
         client = require_client()
         exported = self._exported
-        if exported is None or exported[0] is not client:
+        if exported is None or exported[0] is not client or exported[1] != client.captured_group:
             exported = self._exported = self._export(client)
-        _, template, num_returns = exported
+        _, _, template, num_returns = exported
         if args or kwargs or not self._takes_nothing:
             self._signature.bind(*args, **kwargs)
         packed = pack_arguments(client, self._name, args, kwargs)
@@ -97,12 +99,14 @@ class RemoteFunction:
         check_task_options(options)
         return RemoteFunctionWithOptions(self, {**self._options, **options})
 
-    def _export(self, client: Client) -> tuple[Client, bytes, int]:
+    def _export(self, client: Client) -> tuple[Client, bytes, bytes, int]:
         identifier = self._shared.identifier(client)
+        captured = client.captured_group
         template = task_template(client.job_definition, identifier, self._name, self._options)
+        template = put_in_group(client, template, self._options.get("scheduling_strategy"))
         name = template_id(template)
         client.define_template(name, template)
-        return client, name, template.num_returns
+        return client, captured, name, template.num_returns
 
     def __reduce__(self) -> Any:
         return _rebuild, (self._function, self._options)

@@ -9,6 +9,7 @@ from typing import Any
 from hpcray import ids
 from hpcray.actors.handle import ActorHandle, ClassDescription
 from hpcray.client import Client, require_client
+from hpcray.grouping import put_in_group
 from hpcray.options import actor_template, check_actor_options
 from hpcray.protocol import messages as m
 from hpcray.worker.arguments import pack_arguments
@@ -24,7 +25,8 @@ class ActorClass:
         self._class = user_class
         self._options = dict(options)
         self._description = ClassDescription.of(user_class)
-        self._exported: tuple[Client, bytes] | None = None
+        self._exported: tuple[Client, bytes, bytes] | None = None
+        """For this connection and captured placement group: template id."""
         self.__doc__ = user_class.__doc__
         self.__name__ = user_class.__name__
         self.__module__ = user_class.__module__
@@ -45,6 +47,7 @@ class ActorClass:
         Raises:
             TypeError: The arguments do not fit `__init__`, or something cannot be pickled.
             ActorAlreadyExistsError: The name is taken.
+            ValueError: What it asks for fits into no bundle of its placement group.
         """
         client = require_client()
         options = self._options
@@ -61,8 +64,9 @@ class ActorClass:
             init[0].bind(*args, **kwargs)
         elif args or kwargs:
             raise TypeError(f"{self._description.name}() takes no arguments")
-        if self._exported is None or self._exported[0] is not client:
-            self._exported = (client, self._export(client))
+        exported = self._exported
+        if exported is None or exported[0] is not client or exported[1] != client.captured_group:
+            exported = self._exported = (client, client.captured_group, self._export(client))
         packed = pack_arguments(client, f"{self._description.name}.__init__", args, kwargs)
         actor = client.new_task_id()
         handle_id = ids.object_id(actor, 0)
@@ -71,7 +75,7 @@ class ActorClass:
             client.query("claim_name", [namespace, name, actor, blob])
         message = m.CreateActor(
             actor,
-            self._exported[1],
+            exported[2],
             packed.data,
             packed.dependencies,
             packed.nested,
@@ -99,6 +103,7 @@ class ActorClass:
             raise TypeError(f"could not serialize the actor class {name}: {explain(self._class, error)}") from error
         client.define(identifier, blob)
         template = actor_template(client.job_definition, identifier, name, self._options)
+        template = put_in_group(client, template, self._options.get("scheduling_strategy"))
         template_name = template_id(template)
         client.define_template(template_name, template)
         return template_name

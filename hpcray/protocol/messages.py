@@ -117,6 +117,8 @@ class Template(msgspec.Struct, array_like=True):
     """The placement group that it runs in."""
     bundle: int = -1
     """Which bundle of the group; -1: any."""
+    captures: bool = False
+    """Whether what it submits goes into the group, too, unless that has a strategy of its own."""
 
 
 # -------------------------------------------------------------------------------------------------------- client → raylet

@@ -53,6 +53,7 @@ class Executor:
             template = self._client.templates[work.template]
             name = template.name
             self._announce(name)
+        self._client.captured_group = template.group if template.captures else b""
         if work.actor and not work.method:
             self._create_actor(work, template)
             return

@@ -27,6 +27,7 @@ CORES = {
     "raylet/lanes.py", "raylet/groups.py", "raylet/clients.py", "raylet/surveys.py", "raylet/dependencies.py",
     "observe/statistics.py",
     "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py", "gcs/views.py", "gcs/groups.py", "gcs/policies.py",
+    "gcs/packing.py",
 }  # fmt: skip
 IMPURE = {
     "os", "socket", "time", "threading", "selectors", "select", "signal", "subprocess", "multiprocessing", "asyncio",

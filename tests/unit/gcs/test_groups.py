@@ -448,7 +448,7 @@ def test_tasks_are_granted_places_in_bundles_only():
     counts: dict[int, int] = {}
     for _, grant in gcs.grants():
         counts[grant.rank] = counts.get(grant.rank, 0) + grant.count
-    sizes = {rank: list(bundles.values())[0]["CPU"] // UNIT for rank, bundles in job.groups.bundles_on(spec).items()}
+    sizes = {rank: next(iter(bundles.values()))["CPU"] // UNIT for rank, bundles in job.groups.bundles_on(spec).items()}
     assert counts == sizes
     job.groups.on_remove(P)
     assert gcs.grants() == []
