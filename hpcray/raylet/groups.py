@@ -40,7 +40,7 @@ class Groups:
         self._out = out
         self.states: dict[bytes, str] = {}
         """Of the groups that are watched; "" until the GCS has answered."""
-        self._awaited: dict[bytes, dict[bytes, bytes]] = {}
+        self.awaited: dict[bytes, dict[bytes, bytes]] = {}
         """Group → objects that come to exist when it does, and their payloads."""
 
     # ------------------------------------------------------------------------------------------------------ the users' end
@@ -53,7 +53,7 @@ class Groups:
     def on_await(self, client: Client, message: m.AwaitPlacementGroup) -> None:
         self._table.references.create(message.id)
         client.held.add(message.id)
-        self._awaited.setdefault(message.group, {})[message.id] = message.data
+        self.awaited.setdefault(message.group, {})[message.id] = message.data
         self.watch(message.group)
         self._settle(message.group)
 
@@ -76,9 +76,9 @@ class Groups:
 
     def _settle(self, group: bytes) -> None:
         state = self.states[group]
-        if state not in ("created", "removed") or group not in self._awaited:
+        if state not in ("created", "removed") or group not in self.awaited:
             return
-        for identifier, data in self._awaited.pop(group).items():
+        for identifier, data in self.awaited.pop(group).items():
             error = payload.group_removed(group, "ready()")
             self._table.set_inline(identifier, data if state == "created" else error, [])
 

@@ -378,4 +378,8 @@ class Cluster:
                 found.append(f"{name}: free {core.ledger.free} of {core.ledger.total}")
             if core.pool.ready or core.pool.leases:
                 found.append(f"{name}: work waits or leases are open")
+            found += [f"{name}: bundles of group {group.hex()}" for group in core.ledger.groups]
+            found += [f"{name}: objects wait for group {group.hex()}" for group in core.groups.awaited]
+            if node.gcs is not None:
+                found += [f"group {group.hex()}" for group in node.gcs.groups.groups]
         return found
