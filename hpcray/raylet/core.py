@@ -178,7 +178,7 @@ class RayletCore:
             m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
             m.CreatePlacementGroup: lambda _, x: self.to_gcs(x),
             m.RemovePlacementGroup: lambda _, x: self.groups.on_remove(x),
-            m.AwaitPlacementGroup: self.groups.on_await,
+            m.AwaitPlacementGroup: self._on_await_group,
         }  # fmt: skip
         self._from_peer: dict[type, Callable[[int, Any], None]] = {
             m.Execute: self._on_execute, m.ExecuteCall: self._on_execute_call, m.Finished: self._on_finished,
@@ -575,11 +575,13 @@ class RayletCore:
 
     def _hold_returns(self, client: Client, task: bytes, count: int) -> None:
         for index in range(1, count + 1):
-            identifier = object_id(task, index)
-            client.held.add(identifier)
-            # A driver gets its results as they come: it need not ask, and its reader thread takes them in.
-            if client.is_driver and self.table.when_exists(identifier, partial(self._push, client, identifier)):
-                self._push(client, identifier)
+            self._hold_return(client, object_id(task, index))
+
+    def _hold_return(self, client: Client, identifier: bytes) -> None:
+        client.held.add(identifier)
+        # A driver gets its results as they come: it need not ask, and its reader thread takes them in.
+        if client.is_driver and self.table.when_exists(identifier, partial(self._push, client, identifier)):
+            self._push(client, identifier)
 
     def _push(self, client: Client, identifier: bytes) -> None:
         if identifier in client.held:
@@ -588,6 +590,10 @@ class RayletCore:
                 self._out.to_client(client, m.InlineObject(identifier, entry.data))
             else:
                 self._out.to_client(client, m.Exists([identifier]))
+
+    def _on_await_group(self, client: Client, message: m.AwaitPlacementGroup) -> None:
+        self.groups.on_await(message)
+        self._hold_return(client, message.id)
 
     def _on_create_actor(self, client: Client, message: m.CreateActor) -> None:
         client.held.add(object_id(message.actor, 0))

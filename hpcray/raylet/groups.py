@@ -50,9 +50,9 @@ class Groups:
             self.states[group] = ""
             self._out.to_gcs(m.WatchPlacementGroup(group))
 
-    def on_await(self, client: Client, message: m.AwaitPlacementGroup) -> None:
+    def on_await(self, message: m.AwaitPlacementGroup) -> None:
+        """An object is to exist when the group does."""
         self._table.references.create(message.id)
-        client.held.add(message.id)
         self.awaited.setdefault(message.group, {})[message.id] = message.data
         self.watch(message.group)
         self._settle(message.group)
