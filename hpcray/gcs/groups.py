@@ -43,11 +43,13 @@ class Group:
     """One placement group that was not removed."""
 
     __slots__ = (
-        "asked", "fresh", "id", "is_refused", "is_unwanted", "kind", "placed", "spec", "state", "watchers",
+        "asked", "fresh", "id", "is_refused", "is_unwanted", "kind", "placed", "serial", "spec", "state", "watchers",
     )  # fmt: skip
 
-    def __init__(self, spec: m.CreatePlacementGroup) -> None:
+    def __init__(self, spec: m.CreatePlacementGroup, serial: int) -> None:
         self.id = spec.group
+        self.serial = serial
+        """Which one it was to come here."""
         self.spec = spec
         self.kind = (spec.strategy, repr(spec.bundles), repr(spec.labels))
         """Groups of one kind are alike to the policies."""
@@ -77,6 +79,7 @@ class PlacementGroups:
         self._nodes = nodes
         self._out = out
         self.groups: dict[bytes, Group] = {}
+        self._serial = 0
         self._names: dict[tuple[str, str], bytes] = {}
         self._waiting: dict[bytes, Group] = {}
         self._early_watchers: dict[bytes, set[int]] = {}
@@ -100,7 +103,8 @@ class PlacementGroups:
         return None
 
     def on_create(self, message: m.CreatePlacementGroup) -> None:
-        group = Group(message)
+        self._serial += 1
+        group = Group(message, self._serial)
         group.watchers = self._early_watchers.pop(message.group, set())
         self.groups[message.group] = self._waiting[message.group] = group
         self.has_news = True
@@ -227,7 +231,8 @@ class PlacementGroups:
         self.has_news = False
         hopeless: set[tuple[Any, ...]] = set()
         views = {rank: node.as_if_placed() for rank, node in self._nodes.items()}
-        for group in list(self._waiting.values()):
+        # Those that wait anew have their turn where they had it.
+        for group in sorted(self._waiting.values(), key=lambda group: group.serial):
             spec = group.spec
             kind = (*group.kind, tuple(group.placed.items()))
             if kind in hopeless:

@@ -46,7 +46,7 @@ class Job:
             values["is_detached"], values["labels"],
         )  # fmt: skip
         self.groups.on_create(spec)
-        return self.groups.groups.get(group) or Group(spec)
+        return self.groups.groups.get(group) or Group(spec, 0)
 
     def answer(self, group: bytes, rank: int, *, ok: bool = True) -> None:
         """The raylet's answer, with the report that follows it."""
@@ -373,6 +373,17 @@ def test_of_two_groups_the_first_gets_the_room_and_the_second_what_it_leaves():
         job.report(rank, 1)
     job.groups.place()
     assert sorted(second.asked) == [0, 1]
+
+
+def test_a_group_that_was_refused_has_its_turn_before_those_that_came_later():
+    job = Job(1)
+    first, second = job.create(P, CPU), job.create(Q, CPU)
+    job.groups.place()
+    job.answer(P, 0, ok=False)
+    job.report(0, 1)
+    job.groups.place()
+    assert first.asked
+    assert not second.asked
 
 
 def test_a_small_group_is_not_held_up_by_a_large_one():
