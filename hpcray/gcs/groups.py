@@ -43,7 +43,7 @@ class Group:
     """One placement group that was not removed."""
 
     __slots__ = (
-        "asked", "fresh", "id", "is_refused", "is_unwanted", "kind", "placed", "serial", "spec", "state", "watchers",
+        "asked", "fresh", "id", "is_looked_at", "is_refused", "is_unwanted", "kind", "placed", "serial", "spec", "state", "watchers",
     )  # fmt: skip
 
     def __init__(self, spec: m.CreatePlacementGroup, serial: int) -> None:
@@ -62,6 +62,8 @@ class Group:
         """Rank → bundles that it has reserved in the reservation under way."""
         self.is_refused = False
         """A raylet had no room: once all have answered, everything asked for is given back."""
+        self.is_looked_at = False
+        """Whether it could be placed at all."""
         self.is_unwanted = False
         """It was removed meanwhile."""
         self.watchers: set[int] = set()
@@ -241,9 +243,20 @@ class PlacementGroups:
             ranks = place_bundles(spec.bundles, spec.strategy, nodes, labels=spec.labels, placed=group.placed)
             if ranks is None:
                 hopeless.add(kind)
+                self._warn_if_infeasible(group)
                 continue
             del self._waiting[group.id]
             self._reserve(group, ranks, views)
+
+    def _warn_if_infeasible(self, group: Group) -> None:
+        if group.is_looked_at:
+            return
+        group.is_looked_at = True
+        if self.is_infeasible(group):
+            name = f" {group.spec.name!r}" if group.spec.name else ""
+            text = f"The placement group{name} {group.id.hex()} will wait for ever, as this job can never hold it:"
+            lines = [text, *self.why_waiting(group).splitlines()]
+            self._out.send(0, m.LogLines(b"", "", 0, "", is_error=True, lines=lines))
 
     def _reserve(self, group: Group, ranks: list[int], views: dict[int, NodeView]) -> None:
         group.is_refused = False

@@ -206,6 +206,7 @@ class RayletCore:
             m.JobEnded: self._on_job_ended, m.StartLane: self.lanes.on_start, m.EndLane: self.lanes.on_end,
             m.PlacementGroupChanged: lambda _, x: self.groups.on_changed(x.group, x.state),
             m.ReserveBundles: lambda _, x: self.groups.on_reserve(x), m.ReturnBundles: lambda _, x: self.groups.on_return(x),
+            m.LogLines: lambda _, x: self._out.show(x),
             m.LaneLost: lambda _, x: self.lanes.on_lost(x), m.WantLane: lambda _, x: self.lanes.on_wanted(x.client, x.lane),
         }  # fmt: skip
 

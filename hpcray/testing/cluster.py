@@ -197,9 +197,7 @@ class Node:
         self.end_turn()
 
     def _on_peer_message(self, source: int, message: m.PeerMessage) -> None:
-        if isinstance(message, m.LogLines):
-            self.show(message)
-        elif not self.core.on_peer_message(source, message):
+        if not self.core.on_peer_message(source, message):
             assert self.gcs is not None, f"rank {source} sent {message} to rank {self.rank}"
             self.gcs.on_message(source, message)
 

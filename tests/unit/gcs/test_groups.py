@@ -275,7 +275,7 @@ def test_a_rank_is_lost_before_the_group_is_placed():
     job.groups.place()
     job.groups.on_rank_lost(1)
     assert group.state == module.PENDING
-    assert not job.sent
+    assert not job.take(m.ReserveBundles)
 
 
 @pytest.mark.parametrize("has_answered", [True, False])
@@ -576,3 +576,17 @@ def test_why_a_group_waits_and_whether_it_always_will():
     assert "2 CPU" in job.groups.why_waiting(large)
     assert job.groups.why_waiting(busy)
     assert [job.groups.is_infeasible(group) for group in (large, busy)] == [True, False]
+
+
+def test_users_are_told_once_of_groups_that_can_never_be_placed():
+    job = Job(1)
+    job.create(P, {"CPU": 2 * UNIT}, name="large")
+    job.create(b"r" * 18, {"CPU": 2 * UNIT})
+    job.create(Q, CPU)
+    for _ in range(2):
+        job.report(0, 0)
+        job.groups.place()
+    [(rank, lines)] = job.take(m.LogLines)
+    assert rank == 0
+    assert "'large'" in lines.lines[0]
+    assert "2 CPU" in "".join(lines.lines)
