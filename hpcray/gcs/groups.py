@@ -43,7 +43,8 @@ class Group:
     """One placement group that was not removed."""
 
     __slots__ = (
-        "asked", "fresh", "id", "is_looked_at", "is_refused", "is_unwanted", "kind", "placed", "serial", "spec", "state", "watchers",
+        "asked", "fresh", "id", "is_looked_at", "is_refused", "is_unwanted", "kind", "placed", "serial", "spec", "state",
+        "watchers",
     )  # fmt: skip
 
     def __init__(self, spec: m.CreatePlacementGroup, serial: int) -> None:

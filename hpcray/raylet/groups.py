@@ -8,6 +8,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Protocol
 
 from hpcray import payload
@@ -16,6 +17,10 @@ from hpcray.raylet.clients import Client, Work, Worker
 from hpcray.raylet.pool import Pool
 from hpcray.raylet.tasks import Tasks
 from hpcray.store.table import ObjectTable
+
+
+REMEMBERED = 10_000
+"""Removed groups that are known here; of others the GCS is asked again."""
 
 
 class GroupsOut(Protocol):
@@ -40,6 +45,7 @@ class Groups:
         self._out = out
         self.states: dict[bytes, str] = {}
         """Of the groups that are watched; "" until the GCS has answered."""
+        self._removed: deque[bytes] = deque()
         self.awaited: dict[bytes, dict[bytes, bytes]] = {}
         """Group → objects that come to exist when it does, and their payloads."""
 
@@ -69,6 +75,9 @@ class Groups:
         self._settle(group)
         if state == "removed":
             self._tasks.fail_group(group)
+            self._removed.append(group)
+            if len(self._removed) > REMEMBERED:
+                del self.states[self._removed.popleft()]
 
     def is_removed(self, group: bytes) -> bool:
         """Whether nothing can run in it any more."""

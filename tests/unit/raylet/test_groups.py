@@ -8,6 +8,7 @@ import pytest
 
 from hpcray import ids, payload
 from hpcray.protocol import messages as m
+from hpcray.raylet import groups as module
 from hpcray.resources import UNIT
 from hpcray.testing.cluster import NONCE, Cluster
 from hpcray.testing.process import Process
@@ -333,6 +334,20 @@ def test_removal_that_overtakes_an_actor_on_its_way():
     cluster.run()
     assert not cluster.ranks[1].core.hosted.actors
     is_clean(cluster)
+
+
+def test_of_groups_that_were_removed_long_ago_the_gcs_is_asked_again(monkeypatch):
+    monkeypatch.setattr(module, "REMEMBERED", 2)
+    cluster, driver = started(1, 1)
+    groups = [created(cluster, driver, CPU) for _ in range(2)]
+    groups += [driver.create_group([CPU]) for _ in range(2)]
+    for group in groups:
+        driver.remove_group(group)
+    cluster.run()
+    assert list(cluster.ranks[0].core.groups.states) == groups[2:]
+    for group in groups:
+        assert error_of(cluster, driver, driver.await_group(group)) == "TaskPlacementGroupRemoved"
+        assert len(cluster.ranks[0].core.groups.states) == 2
 
 
 def test_tasks_of_a_group_that_is_gone_fail_at_once():
