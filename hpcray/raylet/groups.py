@@ -18,7 +18,6 @@ from hpcray.raylet.pool import Pool
 from hpcray.raylet.tasks import Tasks
 from hpcray.store.table import ObjectTable
 
-
 REMEMBERED = 10_000
 """Removed groups that are known here; of others the GCS is asked again."""
 
