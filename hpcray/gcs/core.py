@@ -79,7 +79,7 @@ class GcsCore:
             "claim_group_name": self._claim_group_name,
             "placement_group": self._get_group,
             "why": self.why,
-            "placement_groups": lambda _: [self._describe_group(group) for group in self.groups.groups.values()],
+            "placement_groups": lambda _: [self._describe_group(group) for group in self.groups.known()],
         }
 
     def on_message(self, rank: int, message: m.PeerMessage) -> None:
@@ -147,7 +147,8 @@ class GcsCore:
 
         self.scheduler.drop_home(is_of_job)
         self.actors.end_job(is_of_job)
-        self.groups.end_job(message.job)
+        for group in self.groups.end_job(message.job):
+            self.actors.end_group(group)
         for node in self.nodes:
             self._out.send(node.rank, m.JobEnded(message.job))
 
@@ -199,7 +200,7 @@ class GcsCore:
     def _get_group(self, arguments: Any) -> dict[str, Any] | None:
         """One placement group, by its id, or by namespace and name; None if there is none."""
         group, namespace, name = arguments
-        found = self.groups.groups.get(group) if group else self.groups.find(namespace, name)
+        found = self.groups.get(group) if group else self.groups.find(namespace, name)
         return None if found is None else self._describe_group(found)
 
     def _describe_group(self, group: Group) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Scheduler:
             nodes = self._nodes_of(template, spec)
             self._grant_near(template, spec, nodes, granted)
             if template in self._demands:
-                self._grant(template, spec, policies.order(spec, list(nodes.values())), granted)
+                self._grant(template, spec, list(policies.order(spec, nodes.values())), granted)
             if template in self._demands:
                 self._starved.add(template)
         self._news.clear()
@@ -91,7 +91,8 @@ class Scheduler:
 
     def _places(self, template: bytes, spec: m.Template, node: NodeView) -> int:
         if spec.group:
-            otherwise = sum(slots(bundle, spec.resources) for bundle in self._groups.bundles_on(spec)[node.rank])
+            bundles = self._groups.bundles_on(spec)[node.rank].values()
+            otherwise = sum(slots(bundle, spec.resources) for bundle in bundles)
         else:
             otherwise = slots(node.available, spec.resources, node.units)
         return node.places(template, min(otherwise, 1 << 30))

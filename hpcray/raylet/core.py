@@ -183,7 +183,7 @@ class RayletCore:
             m.RecallDone: self._on_recall_done, m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
             m.CreatePlacementGroup: lambda _, x: self.to_gcs(x),
             m.RemovePlacementGroup: lambda _, x: self.groups.on_remove(x),
-            m.AwaitPlacementGroup: self.groups.on_await,
+            m.AwaitPlacementGroup: self._on_await_group,
             m.SetupFailed: self._on_setup_failed,
         }  # fmt: skip
         self._from_peer: dict[type, Callable[[int, Any], None]] = {
@@ -213,6 +213,7 @@ class RayletCore:
             m.PlacementGroupChanged: lambda _, x: self.groups.on_changed(x.group, x.state),
             m.ReserveBundles: lambda _, x: self.groups.on_reserve(x), m.ReturnBundles: lambda _, x: self.groups.on_return(x),
             m.Returned: self.tasks.on_returned,
+            m.LogLines: lambda _, x: self._out.show(x),
             m.LaneLost: lambda _, x: self.lanes.on_lost(x), m.WantLane: lambda _, x: self.lanes.on_wanted(x.client, x.lane),
         }  # fmt: skip
 
@@ -606,11 +607,13 @@ class RayletCore:
 
     def _hold_returns(self, client: Client, task: bytes, count: int) -> None:
         for index in range(1, count + 1):
-            identifier = object_id(task, index)
-            client.held.add(identifier)
-            # A driver gets its results as they come: it need not ask, and its reader thread takes them in.
-            if client.is_driver and self.table.when_exists(identifier, partial(self._push, client, identifier)):
-                self._push(client, identifier)
+            self._hold_return(client, object_id(task, index))
+
+    def _hold_return(self, client: Client, identifier: bytes) -> None:
+        client.held.add(identifier)
+        # A driver gets its results as they come: it need not ask, and its reader thread takes them in.
+        if client.is_driver and self.table.when_exists(identifier, partial(self._push, client, identifier)):
+            self._push(client, identifier)
 
     def _push(self, client: Client, identifier: bytes) -> None:
         if identifier in client.held:
@@ -619,6 +622,10 @@ class RayletCore:
                 self._out.to_client(client, m.InlineObject(identifier, entry.data))
             else:
                 self._out.to_client(client, m.Exists([identifier]))
+
+    def _on_await_group(self, client: Client, message: m.AwaitPlacementGroup) -> None:
+        self.groups.on_await(message)
+        self._hold_return(client, message.id)
 
     def _on_create_actor(self, client: Client, message: m.CreateActor) -> None:
         client.held.add(object_id(message.actor, 0))
@@ -726,6 +733,14 @@ class RayletCore:
             self.hosted.could_not_start(work, error)
         else:
             self._report_crash(work, error)
+
+    def lost_its_bundle(self, work: Work) -> None:
+        """Its placement group was removed after it had been sent here."""
+        if work.actor:
+            self.hosted.lost_its_bundle(work)
+        else:
+            spec = self.templates[work.template]
+            self._report_crash(work, payload.group_removed(spec.group, spec.name))
 
     def _report_crash(self, work: Work, error: bytes) -> None:
         if work.home != self.rank:
@@ -963,7 +978,12 @@ class RayletCore:
         if self.is_alone and not self.gcs_wants_load:
             return  # there is nobody whose tasks could be sent here
         reported = self._reported
-        if not self._granted_classes and reported is not None and reported.available == self.ledger.free:
+        if (
+            not self._granted_classes
+            and reported is not None
+            and reported.available == self.ledger.free
+            and reported.units == self.ledger.free_units
+        ):
             self.report_due = None
             return  # as on a head that only has a driver
         load = self._load()

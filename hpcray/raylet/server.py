@@ -355,9 +355,7 @@ class RankServer:
         self._has_news = True
         core, gcs = self.core, self.gcs
         for message in decode_from_peer(frame):
-            if isinstance(message, m.LogLines):
-                self.show(message)
-            elif isinstance(message, m.Shutdown):
+            if isinstance(message, m.Shutdown):
                 self.exit_code = message.code
                 self.loop.stop()
             elif not core.on_peer_message(source, message):

@@ -306,6 +306,7 @@ class Tasks:
         for identifier in list(self.queues):
             template = self._out.template(identifier)
             if template.group == group:
+                self._pool.left_waiting.pop(identifier, None)
                 for task in self.queues.pop(identifier):
                     self._fail(task, payload.group_removed(group, template.name))
 
