@@ -27,6 +27,7 @@ from hpcray.observe.logs import LogFolder
 from hpcray.options import check_actor_options, check_task_options
 from hpcray.protocol import messages as m
 from hpcray.remote_function import RemoteFunction
+from hpcray.runtime_context import gpu_ids
 from hpcray.runtime_env import parse
 from hpcray.worker.inspection import explain
 from hpcray.worker.serialization import serialize
@@ -464,6 +465,10 @@ def available_resources() -> dict[str, float]:
     return answer
 
 
-def get_gpu_ids() -> list[str]:
-    """Ids of the GPUs that this worker may use."""
-    return hpcray.get_runtime_context().get_accelerator_ids()["GPU"]
+def get_gpu_ids() -> list[str | int]:
+    """Ids of the GPUs that the running task or actor was given, as in CUDA_VISIBLE_DEVICES; none in a driver.
+
+    They are UUIDs where a driver tells them, else what that variable named when the rank started, and numbers (from 0) where
+    there is nothing but the number of GPUs that the rank was asked to offer.
+    """
+    return gpu_ids()

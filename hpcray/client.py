@@ -115,6 +115,7 @@ class Client:
         """In workers: the right to start what was sent behind another task, see `raylet/pool.py`."""
         self.on_log: Callable[[m.LogLines], None] = lambda _lines: None
         self.on_gpus: Callable[[m.AssignGpus], None] = lambda _gpus: None
+        self.on_cpus: Callable[[m.BindCpus], None] = lambda _cpus: None
         self.before_blocking: Callable[[], None] = lambda: None
         """In workers: hand back what was not started; called before and while user code waits."""
         self.is_closed = False
@@ -181,7 +182,7 @@ class Client:
             m.LogLines: lambda lines: self.on_log(lines), m.Exit: self._on_exit, m.Exists: self._on_exists,
             m.LaneOpened: self._on_lane_opened, m.LaneClosed: self._on_lane_closed, m.LaneWanted: self._on_lane_wanted,
             m.ServeLane: self._on_serve_lane, m.AssignGpus: self._on_assign_gpus,
-            m.Recalled: self._on_recalled,
+            m.BindCpus: lambda message: self.on_cpus(message), m.Recalled: self._on_recalled,
         }  # fmt: skip
 
     def register(self, namespace: str, sys_path: list[str], *, log_to_driver: bool) -> None:

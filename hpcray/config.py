@@ -32,6 +32,10 @@ class Config:
     dedup_logs: bool = True
     """Whether repeated lines of workers are folded at the driver."""
 
+    bind_workers: bool = False
+    """Whether each worker is bound to as many of its rank's CPUs as its task asks for (`--bind-workers`), of one memory node
+    where that goes. (Bound: no migrations, memory stays near; not bound: a task may use what others leave idle.)"""
+
     check: bool = False
     """Whether raylets check their invariants after every turn. Slow; for tests and bug reports."""
 

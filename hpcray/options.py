@@ -133,6 +133,10 @@ def _check_resources(resources: Mapping[Any, Any]) -> None:
             raise TypeError(f"resources must map names to numbers, not {name!r} to {amount!r}")
         if name in ("CPU", "GPU"):
             raise ValueError(f"use num_{name.lower()}s= instead of {name!r} in resources")
+        if name == "memory":
+            raise ValueError("use memory= instead of 'memory' in resources")
+        if name == "object_store_memory":
+            raise ValueError("resources cannot hold 'object_store_memory': object stores are shared by all")
         _check_amount(name, amount)
 
 
@@ -188,12 +192,16 @@ def actor_template(
     environment: Environment,
     caller: Surroundings = NOWHERE,
 ) -> Template:
-    """The template of an actor class with checked options: by default 1 CPU to be placed, 0 to run.
+    """The template of an actor class with checked options.
+
+    One that asks for GPUs or custom resources has a CPU unless `num_cpus` says otherwise; one that asks for nothing needs one
+    to be placed, and none to run (Ray's rules).
 
     Raises:
         ValueError: As `task_template`.
     """
-    running = _shape(options, 0)
+    asks = any(options.get(name) is not None for name in ("num_gpus", "resources"))
+    running = _shape(options, 1 if asks else 0)
     placement = {} if options.get("num_cpus") is not None else {**running, "CPU": shape_of({"CPU": 1})["CPU"]}
     return Template(
         job=job,

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 UNIT = 10_000
 
+IN_UNITS = ("GPU",)
+"""The resources that come in units; the others are amounts."""
+
 Shape = dict[str, int]
 
 
@@ -24,12 +27,16 @@ def shape_of(amounts: Mapping[str, float]) -> Shape:
     """A demand in fixed point, without its zeros.
 
     Raises:
-        ValueError: An amount is negative, not finite, or a fraction finer than 1/10,000.
+        ValueError: An amount is negative, not finite, a fraction finer than 1/10,000, or several units and a fraction (1.5 GPUs).
     """
     shape: Shape = {}
     for name, amount in amounts.items():
         if not math.isfinite(amount) or amount < 0:
             raise ValueError(f"the quantity of resource {name!r} must be a finite number, zero or more, not {amount!r}")
+        if name in IN_UNITS and amount > 1 and amount != int(amount):
+            raise ValueError(
+                f"{name} resource quantities >1 must be whole numbers: {amount!r} is invalid (a fraction is part of one {name})"
+            )
         if (fixed := to_fixed(amount)) != 0:
             shape[name] = fixed
         elif amount != 0:
@@ -46,10 +53,6 @@ def as_floats(shape: Mapping[str, int]) -> dict[str, float]:
 
 Units = dict[str, dict[int, int]]
 """Of resources that come in units (GPUs): what is free of each unit, by its number."""
-
-
-IN_UNITS = ("GPU",)
-"""The resources that come in units; the others are amounts."""
 
 
 def whole_units(total: Mapping[str, int]) -> Units:

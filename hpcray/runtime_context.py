@@ -34,8 +34,8 @@ class _State(threading.local):
 
 _state = _State()
 _actor: _Actor | None = None
-_gpus: list[str] | None = None
-"""Ids of the GPUs that this worker was given; None where its node has none."""
+_gpus: list[str | int] = []
+"""Ids of the GPUs that this worker was given."""
 
 
 def enter(work: m.Run, template: m.Template, name: str) -> None:
@@ -52,7 +52,12 @@ def assign_gpus(message: m.AssignGpus) -> None:
     """What this worker runs next has these GPUs, and no others."""
     global _gpus
     _gpus = message.ids
-    os.environ[message.variable] = ",".join(message.ids)
+    os.environ[message.variable] = ",".join(map(str, message.ids))
+
+
+def gpu_ids() -> list[str | int]:
+    """Ids of the GPUs that this worker was given; none in a driver."""
+    return list(_gpus)
 
 
 def become_actor(identifier: bytes, cls: type, template: m.Template) -> None:
@@ -138,11 +143,8 @@ class RuntimeContext:
         return as_floats(running.template.resources)
 
     def get_accelerator_ids(self) -> dict[str, list[str]]:
-        """Ids of the accelerators that this worker may use, by kind."""
-        if _gpus is not None:
-            return {"GPU": list(_gpus)}
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return {"GPU": [part for part in visible.split(",") if part]}
+        """Ids of the accelerators that the running task or actor was given, by kind; none in a driver."""
+        return {"GPU": [str(identifier) for identifier in _gpus]}
 
     def get_placement_group_id(self) -> str | None:
         """The placement group of the running task or actor, in hexadecimal digits; None without one."""

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpcray import ids
+from hpcray.client import current_client
 from hpcray.labels import label_rules
-from hpcray.protocol.messages import LabelRule
+from hpcray.protocol.messages import NO_NODE, LabelRule
 from hpcray.resources import Shape, as_floats, shape_of
 from hpcray.runtime_context import Surroundings
 from hpcray.util.scheduling_strategies import (
@@ -93,7 +94,7 @@ def strategy_fields(
     elif strategy == "SPREAD":
         fields = {"spread": True}
     elif isinstance(strategy, NodeAffinitySchedulingStrategy):
-        fields = {"node": ids.rank_of_node(strategy.node_id), "node_is_soft": bool(strategy.soft)}
+        fields = {"node": _rank_of(strategy.node_id), "node_is_soft": bool(strategy.soft)}
     elif isinstance(strategy, NodeLabelSchedulingStrategy):
         labels += _rules(strategy.hard)
         if strategy.soft:
@@ -101,6 +102,14 @@ def strategy_fields(
     if labels:
         fields["labels"] = tuple(labels)
     return fields
+
+
+def _rank_of(node_id: str) -> int:
+    rank = ids.rank_of_node(node_id)
+    client = current_client()
+    # An id of another job would name a rank of this one.
+    is_of_job = client is None or ids.node_id(ids.nonce_of(client.prefix), rank) == node_id.lower()
+    return rank if is_of_job else NO_NODE
 
 
 def _rules(expressions: LabelMatchExpressionsT) -> list[LabelRule]:

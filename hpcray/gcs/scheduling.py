@@ -70,8 +70,13 @@ class Scheduler:
             spec = self._template(template)
             nodes = self._nodes_of(template, spec)
             self._grant_near(template, spec, nodes, granted)
-            if template in self._demands:
-                self._grant(template, spec, list(policies.order(spec, nodes.values())), granted)
+            rest = list(nodes.values())
+            while rest and template in self._demands:
+                # Those that are better however much they are used go first, to their last place.
+                best = rest if spec.spread else policies.favourites(spec, rest)
+                self._grant(template, spec, policies.order(spec, best), granted)
+                ranks = {node.rank for node in best}
+                rest = [node for node in rest if node.rank not in ranks]
             if template in self._demands:
                 self._starved.add(template)
         self._news.clear()

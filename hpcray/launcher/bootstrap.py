@@ -32,7 +32,10 @@ from hpcray.launcher.introductions import Introduction, introduce, make_nodes
 from hpcray.launcher.mpirun import STOP_SIGNAL
 from hpcray.launcher.options import JobOptions
 from hpcray.launcher.roles import Launch, LaunchError, check_pmi, check_world, detect_launch
+from hpcray.raylet.binding import Binding
+from hpcray.raylet.core import NodeInfo
 from hpcray.raylet.descendants import die_with
+from hpcray.raylet.detect import memory_nodes
 from hpcray.raylet.leftovers import find_traces
 from hpcray.raylet.processes import ForkServer
 from hpcray.raylet.server import RankServer
@@ -216,12 +219,25 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
         config=config,
         spill_dir=spill_directory(options.spill_dir or config.spill_dir, os.environ),
         log_dir=options.log_dir,
+        binding=_binding(nodes[rank]) if options.bind_workers or config.bind_workers else None,
     )
     if world and doorbell is not None:
         _connect_ranks(world, server, loop, doorbell, arena, everybody)
     if rank == 0:
         server.listen(attach.socket_name(server.address))
     return Rank(server, loop, forks, world, doorbell)
+
+
+def _binding(node: NodeInfo) -> Binding | None:
+    if node.cpus:
+        return Binding(node.cpus, memory_nodes())
+    if node.resources.get("CPU"):
+        print(
+            f"hpcray: rank {node.rank} on {node.host} does not bind its workers, since other ranks or jobs may be using the same "
+            "CPUs: start fewer ranks on a host, or have the launcher give each rank CPUs of its own",
+            file=sys.stderr,
+        )
+    return None
 
 
 def _agree(world: World, mine: Introduction) -> list[Introduction]:

@@ -108,6 +108,9 @@ _JOB_OPTIONS = [
         help="Where each node puts objects that do not fit into memory (default: $SLURM_TMPDIR, $TMPDIR or /tmp).",
     ),
     click.option("--log-dir", type=click.Path(file_okay=False), metavar="DIR", help="Keep the job's full logs here."),
+    click.option(
+        "--bind-workers", is_flag=True, help="Keep each task on CPUs of its own, near its memory (default: no)."
+    ),
     click.option("--log-to-driver/--no-log-to-driver", default=True, help="Show what workers print (default: yes)."),
     click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as under python -m."),
     click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT [ARGS]..."),

@@ -273,7 +273,8 @@ def _offers(ranks: Sequence[Facts]) -> list[int]:
     offers = dict.fromkeys(range(len(ranks)), 0)
     for host in dict.fromkeys(hosts):
         here = [r for r, name in enumerate(hosts) if name == host and offers_cpus(r, hosts, None)]
-        offers.update(zip(here, share_cpus([ranks[r].cpus.mask for r in here]), strict=True))
+        dealt = share_cpus([ranks[r].cpus.mask for r in here])
+        offers.update((r, max(1, len(cpus))) for r, cpus in zip(here, dealt, strict=True))
     return list(offers.values())
 
 

@@ -130,7 +130,7 @@ def make_nodes(everybody: Sequence[Introduction], store_share: float) -> list[No
         ValueError: A rank was asked to offer more than there is; the text has the figures.
     """
     machines = [one.machine for one in everybody]
-    cpus = _deal_cpus(everybody, machines)
+    own_cpus = _deal_cpus(everybody, machines)
     gpus = _deal_gpus(everybody, machines)
     memories = _deal_memory(everybody, machines, store_share)
     nodes: list[NodeInfo] = []
@@ -139,7 +139,7 @@ def make_nodes(everybody: Sequence[Introduction], store_share: float) -> list[No
         kind = known[0].kind if known else ""  # as in Ray, the first one's speaks for all
         amounts = {
             **one.resources,
-            "CPU": cpus[rank],
+            "CPU": _cpus_offered(rank, everybody, own_cpus.get(rank)),
             "GPU": gpus[rank].count,
             "memory": memory.total - memory.store,
             "object_store_memory": memory.store,
@@ -165,26 +165,39 @@ def make_nodes(everybody: Sequence[Introduction], store_share: float) -> list[No
                 gpus=[gpu.id for gpu in known],
                 gpu_variable=one.gpu_variable,
                 switch=tuple(one.switch),
+                cpus=tuple(own_cpus.get(rank, ())) if _are_all_the_jobs(everybody, one.machine) else (),
             )
         )
     return nodes
 
 
-def _deal_cpus(everybody: Sequence[Introduction], machines: Sequence[str]) -> list[float]:
-    dealt: list[float] = [0] * len(everybody)
-    head_cpus = everybody[0].head_cpus
+def _deal_cpus(everybody: Sequence[Introduction], machines: Sequence[str]) -> dict[int, list[int]]:
+    """The CPUs of each rank that offers what it finds."""
+    dealt: dict[int, list[int]] = {}
     for here in _by_machine(machines):
-        some = [rank for rank in here if offers_cpus(rank, machines, head_cpus)]
+        some = [rank for rank in here if offers_cpus(rank, machines, everybody[0].head_cpus)]
         masks = [
             RankMask(frozenset(everybody[r].affinity), everybody[r].cpus_on_host, everybody[r].cpus_of_rank)
             for r in some
         ]
-        for rank, count in zip(some, share_cpus(masks), strict=True):
-            asked = everybody[rank].num_cpus
-            dealt[rank] = count if asked is None else asked
-    if head_cpus is not None:
-        dealt[0] = head_cpus
+        dealt.update(zip(some, share_cpus(masks), strict=True))
     return dealt
+
+
+def _cpus_offered(rank: int, everybody: Sequence[Introduction], own: list[int] | None) -> float:
+    head_cpus = everybody[0].head_cpus
+    if rank == 0 and head_cpus is not None:
+        return head_cpus
+    if own is None:
+        return 0
+    asked = everybody[rank].num_cpus
+    return max(1, len(own)) if asked is None else asked
+
+
+def _are_all_the_jobs(everybody: Sequence[Introduction], machine: str) -> bool:
+    """Whether the job may use all CPUs that its ranks on a host may run on; if not, others may be using just the same ones."""
+    here = [one for one in everybody if one.machine == machine]
+    return len({cpu for one in here for cpu in one.affinity}) <= min(one.cpus_on_host for one in here)
 
 
 def _deal_memory(

@@ -60,6 +60,7 @@ class JobOptions:
         head_cpus: CPUs that rank 0 offers, whatever else runs on its host.
         spill_dir: Directory on each node's own disk for objects that do not fit into memory.
         log_dir: Directory for the job's full logs; None keeps no files.
+        bind_workers: Whether each worker runs on CPUs of its own.
         log_to_driver: Whether what workers print appears at the driver.
         namespace: The driver's namespace for named actors.
     """
@@ -73,6 +74,7 @@ class JobOptions:
     head_cpus: float | None = None
     spill_dir: str | None = None
     log_dir: str | None = None
+    bind_workers: bool = False
     log_to_driver: bool = True
     namespace: str | None = None
 
@@ -93,6 +95,8 @@ def job_arguments(options: JobOptions) -> list[str]:
     ):
         if value is not None:
             arguments += [name, str(value)]
+    if options.bind_workers:
+        arguments.append("--bind-workers")
     if not options.log_to_driver:
         arguments.append("--no-log-to-driver")
     return arguments

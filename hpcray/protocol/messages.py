@@ -89,6 +89,9 @@ class LabelRule(msgspec.Struct, array_like=True, frozen=True):
     values: tuple[str, ...] = ()
 
 
+NO_NODE = -1
+
+
 class Template(msgspec.Struct, array_like=True):
     """What all calls of one remote function with the same options share; sent once per process, named by its hash.
 
@@ -107,6 +110,7 @@ class Template(msgspec.Struct, array_like=True):
     """None: never; b"": on any exception; else a pickled tuple of exception classes, opened by the worker."""
     spread: bool = False
     node: int | None = None
+    """The rank that it is to run on; `NO_NODE`: one that there is not."""
     node_is_soft: bool = False
     actor: ActorOptions | None = None
     labels: tuple[LabelRule, ...] = ()
@@ -494,10 +498,17 @@ class ServeLane(Message, tag=57):
 
 
 class AssignGpus(Message, tag=59):
-    """To a worker, ahead of what it runs: these GPUs are its own, by what this environment variable calls them."""
+    """To a worker, ahead of what it runs: these GPUs are its own, by what this environment variable calls them, or by their
+    numbers."""
 
     variable: str
-    ids: list[str]
+    ids: list[str | int]
+
+
+class BindCpus(Message, tag=61):
+    """To a worker, ahead of what it runs: it is to run on these CPUs."""
+
+    cpus: list[int]
 
 
 class LaneReply(Message, tag=58):
@@ -968,7 +979,7 @@ ClientMessage: TypeAlias = (
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed
     | MapArena | Answer | LogLines | Exit | Exists | LaneOpened | LaneClosed | LaneWanted | ServeLane | LaneReply
-    | AssignGpus | Recalled
+    | AssignGpus | BindCpus | Recalled
 )  # fmt: skip
 PeerMessage: TypeAlias = (
     Define | DefineTemplate | Execute | ExecuteCall | Finished | Crashed | Locate | Located | Borrow | Borrowed | Unborrow

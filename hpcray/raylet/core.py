@@ -23,11 +23,13 @@ from typing import Any, Protocol
 
 from hpcray import payload
 from hpcray.exceptions import InternalError
+from hpcray.gcs.policies import matches
 from hpcray.ids import client_prefix, object_id, task_of
 from hpcray.observe.findings import Finding
 from hpcray.observe.statistics import Traffic
 from hpcray.protocol import messages as m
 from hpcray.raylet.actors import HostedActors
+from hpcray.raylet.binding import Binding
 from hpcray.raylet.calls import Calls
 from hpcray.raylet.clients import Client, Work, Worker
 from hpcray.raylet.explaining import explain
@@ -94,6 +96,7 @@ class NodeInfo:
             only told how many there are: their names are then "0", "1", and so on.
         gpu_variable: The environment variable that tells a process which GPUs to use.
         switch: The switches that lead to it, outermost first; empty if nobody tells.
+        cpus: The CPUs of its host that are its own; empty if there are none that no other rank or job may be using.
     """
 
     rank: int
@@ -106,10 +109,11 @@ class NodeInfo:
     gpus: list[str] = field(default_factory=list)
     gpu_variable: str = "CUDA_VISIBLE_DEVICES"
     switch: tuple[str, ...] = ()
+    cpus: tuple[int, ...] = ()
 
-    def gpu(self, number: int) -> str:
-        """What `gpu_variable` calls one of its GPUs."""
-        return self.gpus[number] if self.gpus else str(number)
+    def gpu(self, number: int) -> str | int:
+        """What `gpu_variable` calls one of its GPUs; the number itself where they have no names."""
+        return self.gpus[number] if self.gpus else number
 
 
 class RayletCore:
@@ -122,6 +126,7 @@ class RayletCore:
         arena_start: First offset of the arena that objects may use.
         inline_limit: Bytes up to which objects ride in messages.
         store_timeout: Seconds without anything coming free, after which who waits for room is told that there is none.
+        binding: Where its workers run; None: wherever the system likes.
         out: The way out.
     """
 
@@ -135,6 +140,7 @@ class RayletCore:
         inline_limit: int,
         store_timeout: float,
         out: RayletOut,
+        binding: Binding | None = None,
     ) -> None:
         me = nodes[rank]
         self.rank = rank
@@ -156,7 +162,7 @@ class RayletCore:
         self.memory = self.table.memory
         self.transfers = self.table.transfers
         self.ledger = Ledger(me.resources)
-        self.pool = Pool(self.ledger, self.table, self)
+        self.pool = Pool(self.ledger, self.table, self, binding)
         self.tasks = Tasks(self.table, self.pool, self)
         self.groups = Groups(self.pool, self.tasks, self.table, self)
         self.calls = Calls(self.table, self)
@@ -324,22 +330,52 @@ class RayletCore:
         messages.append(m.DefineTemplate(identifier, template))
         return messages
 
+    def suits(self, template: m.Template) -> bool:
+        """Whether this node is one of those that a class asks for; of a preference, whether nobody can have a better one."""
+        me = self.nodes[self.rank]
+        if not matches(template.labels, me.labels):
+            return False
+        if self.is_alone and (template.node is None or template.node_is_soft):
+            return True
+        return template.node in (None, self.rank) and matches(template.liked_labels, me.labels)
+
+    def why_never(self, template: m.Template) -> str:
+        """Why a class that is bound to one node can never run, as a sentence for people; empty if it is not, or can."""
+        if template.node is None or template.node_is_soft:
+            return ""
+        bound = f"{template.name} is bound to a node by NodeAffinitySchedulingStrategy(soft=False)"
+        if not 0 <= template.node < len(self.nodes):
+            return f"{bound}, but there is no such node in this job. Take one of hpcray.nodes(), or soft=True"
+        node = self.nodes[template.node]
+        shape = _asked(template)
+        if not _has(node, shape):
+            most = {name: node.resources.get(name, 0) for name in shape}
+            return f"{bound} that has {as_floats(most)} in all, but needs {as_floats(shape)}. Ask for less, or take soft=True"
+        if not matches(template.labels, node.labels):
+            return f"{bound} that has not the labels that it asks for, too"
+        return ""
+
     def warn_if_infeasible(self, template: m.Template) -> None:
         """Tell drivers, once per class, of a demand that no node of the job can ever meet."""
         if template.group:
             return  # its bundles were checked when it was called
-        shape = template.actor.placement if template.actor and template.actor.placement else template.resources
-        if any(all(node.resources.get(k, 0) >= v for k, v in shape.items()) for node in self.nodes):
+        shape = _asked(template)
+        labelled = [node for node in self.nodes if matches(template.labels, node.labels)]
+        if any(_has(node, shape) for node in labelled):
             return
-        key = template.function + repr(sorted(shape.items())).encode()
+        key = template.function + repr((sorted(shape.items()), template.labels)).encode()
         if key not in self._warned:
             self._warned.add(key)
-            most = {name: max(n.resources.get(name, 0) for n in self.nodes) for name in shape}
-            text = (
-                f"{template.name} needs {as_floats(shape)}, but no node of this job has more than {as_floats(most)}: "
-                "it will wait for ever. Ask for less, or give the job more (e.g. --num-cpus, --resources)."
+            most = {name: max((n.resources.get(name, 0) for n in labelled), default=0) for name in shape}
+            if labelled:
+                kind = "with the labels that it asks for " if template.labels else "of this job "
+                why = f"needs {as_floats(shape)}, but no node {kind}has more than {as_floats(most)}"
+            else:
+                why = "asks for labels that no node of this job has"
+            self.notify(
+                f"{template.name} {why}: it will wait for ever. Ask for less, or give the job more (e.g. --num-cpus, "
+                "--resources, --labels)."
             )
-            self.notify(text)
 
     def notify(self, text: str) -> None:
         """Show a line to the users of all drivers."""
@@ -713,6 +749,10 @@ class RayletCore:
             self._push_to_worker(worker, template)
         return self._out.join(worker.client, key, is_leased=bool(template))
 
+    def bind(self, worker: Worker, cpus: list[int]) -> None:
+        """Tell a worker where to run."""
+        self._out.to_client(worker.client, m.BindCpus(cpus))
+
     def assign(self, worker: Worker, units: Units) -> None:
         """Tell a worker which of this node's GPUs are its own; none, if so."""
         me = self.nodes[self.rank]
@@ -1023,6 +1063,14 @@ class RayletCore:
                 raise InternalError(
                     f"rank {self.rank}: {count} clients hold {identifier.hex()}, which the table disputes"
                 )
+
+
+def _asked(template: m.Template) -> Shape:
+    return template.actor.placement if template.actor and template.actor.placement else template.resources
+
+
+def _has(node: NodeInfo, shape: Shape) -> bool:
+    return all(node.resources.get(name, 0) >= amount for name, amount in shape.items())
 
 
 def _offers_more(load: m.Load, reported: m.Load) -> bool:

@@ -100,6 +100,12 @@ def detect_cpus(
     )
 
 
+def memory_nodes(root: Path = Path("/")) -> list[frozenset[int]]:
+    """The CPUs of each memory node (NUMA) of the host."""
+    folders = sorted((root / "sys/devices/system/node").glob("node[0-9]*"), key=lambda folder: int(folder.name[4:]))
+    return [parse_cpu_list(_read(folder / "cpulist")) for folder in folders]
+
+
 def detect_memory(env: Mapping[str, str], root: Path = Path("/"), limits: CgroupLimits | None = None) -> MemoryReport:
     """The memory that the job may use on this host; arguments as for `detect_cpus`."""
     limits = limits or read_limits(root)

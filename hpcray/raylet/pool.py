@@ -25,11 +25,12 @@ from typing import Protocol
 from hpcray import payload
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
+from hpcray.raylet.binding import Binding
 from hpcray.raylet.clients import Work, Worker
 from hpcray.raylet.dependencies import Dependencies
 from hpcray.raylet.ledger import Holding, Ledger
 from hpcray.raylet.queues import ClassQueue
-from hpcray.resources import UNIT, Units
+from hpcray.resources import IN_UNITS, UNIT, Units
 from hpcray.store.entry import HERE, INLINE, MAPPED, Entry
 from hpcray.store.table import ObjectTable
 
@@ -53,6 +54,7 @@ class PoolOut(Protocol):
 
     def spawn_worker(self) -> Worker: ...
     def assign(self, worker: Worker, units: Units) -> None: ...
+    def bind(self, worker: Worker, cpus: list[int]) -> None: ...
     def retire_worker(self, worker: Worker) -> None: ...
     def run(self, worker: Worker, work: Work, values: list[m.Value], *, is_behind: bool = False) -> None: ...
     def add_tokens(self, worker: Worker, count: int) -> None: ...
@@ -67,10 +69,11 @@ class PoolOut(Protocol):
 class Pool:
     """The workers of one raylet and the work that is to run on them: a pure core."""
 
-    def __init__(self, ledger: Ledger, table: ObjectTable, out: PoolOut) -> None:
+    def __init__(self, ledger: Ledger, table: ObjectTable, out: PoolOut, binding: Binding | None = None) -> None:
         self.ledger = ledger
         self._table = table
         self._out = out
+        self._binding = binding
         self.now = 0.0
         self.ready: dict[bytes, ClassQueue[Work]] = {}
         self.leases: dict[bytes, list[Worker]] = {}
@@ -276,7 +279,8 @@ class Pool:
             del self.ready[template]
 
     def _open_lease(self, template: bytes, spec: m.Template, now: float) -> Worker:
-        worker = self._idle_worker(spec.job, spec.environment)
+        # A process that has looked for GPUs once goes on with what it found then: only a new one can be given some.
+        worker = self._idle_worker(spec, is_new=any(name in spec.resources for name in IN_UNITS))
         worker.holding = self.ledger.acquire(spec)
         worker.template = template
         worker.lease_since = now
@@ -285,18 +289,20 @@ class Pool:
         self.leases.setdefault(template, []).append(worker)
         if self.ledger.free_units:
             self._out.assign(worker, worker.holding.units)
+        if self._binding is not None:
+            self._out.bind(worker, self._binding.bind(worker.client.number, spec.resources.get("CPU", 0)))
         return worker
 
-    def _idle_worker(self, job: bytes, environment: bytes) -> Worker:
+    def _idle_worker(self, spec: m.Template, *, is_new: bool) -> Worker:
         fresh = None
         for index in range(len(self.idle) - 1, -1, -1):
             worker = self.idle[index]
-            if worker.job == job and worker.environment == environment:
+            if worker.job == spec.job and worker.environment == spec.environment and not is_new:
                 return self.idle.pop(index)
             if not worker.job and fresh is None:
                 fresh = index
         worker = self._out.spawn_worker() if fresh is None else self.idle.pop(fresh)
-        worker.job, worker.environment = job, environment
+        worker.job, worker.environment = spec.job, spec.environment
         return worker
 
     def has_slot(self, template: bytes) -> bool:
@@ -406,6 +412,8 @@ class Pool:
         assert worker.holding is not None
         self.ledger.release(worker.holding)
         worker.holding = None
+        if self._binding is not None:
+            self._binding.release(worker.client.number)
         leases = self.leases[worker.template]
         leases.remove(worker)
         if not leases:
@@ -521,6 +529,8 @@ class Pool:
             return
         worker.is_blocked = True
         self.ledger.pause(worker.holding)
+        if self._binding is not None:
+            self._binding.pause(worker.client.number)
         self._blocked += 1
         if worker.template is not None:
             self._count_as_long(worker.template)  # others would have to be handed back, or be started before their turn
@@ -531,6 +541,8 @@ class Pool:
             return
         worker.is_blocked = False
         self.ledger.resume(worker.holding)
+        if self._binding is not None:
+            self._binding.resume(worker.client.number)
         self._blocked -= 1
 
     def on_gone(self, worker: Worker) -> list[Work]:

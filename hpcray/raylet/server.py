@@ -30,6 +30,7 @@ from hpcray.launcher.mpirun import STOP_SIGNAL
 from hpcray.observe.logfiles import LogFiles
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import FrameError, decode_from_peer, encode
+from hpcray.raylet.binding import Binding
 from hpcray.raylet.channel import Channel
 from hpcray.raylet.clients import Client
 from hpcray.raylet.core import NodeInfo, RayletCore
@@ -72,6 +73,7 @@ class RankServer:
         config: The settings.
         spill_dir: Directory for objects that do not fit into memory.
         log_dir: Directory for full logs, or None.
+        binding: Where workers run; None: wherever the system likes.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class RankServer:
         config: Config,
         spill_dir: str,
         log_dir: str | None,
+        binding: Binding | None,
     ) -> None:
         self.rank = rank
         self.nodes = nodes
@@ -121,6 +124,7 @@ class RankServer:
             inline_limit=config.inline_limit,
             store_timeout=config.store_timeout,
             out=self,
+            binding=binding,
         )
         self.gcs: GcsCore | None = None
         if rank == 0:

@@ -34,13 +34,16 @@ class RankMemory:
     store: int
 
 
-def share_cpus(ranks: Sequence[RankMask]) -> list[int]:
-    """How many CPUs each rank of a host offers: as evenly as masks allow, none twice, at least 1 each."""
+def share_cpus(ranks: Sequence[RankMask]) -> list[list[int]]:
+    """Which CPUs of their host each rank has for its own: as evenly as masks allow, none twice, neighbours together.
+
+    A rank that gets none, since there are too few, offers one all the same.
+    """
     if not ranks:
         return []
     limits = [len(rank.cpus) if rank.own is None else rank.own for rank in ranks]
-    dealt = deal([sorted(rank.cpus) for rank in ranks], limits, min(rank.shared for rank in ranks))
-    return [max(1, len(cpus)) for cpus in dealt]
+    hands = [sorted(rank.cpus) for rank in ranks]
+    return _with_neighbours(hands, deal(hands, limits, min(rank.shared for rank in ranks)))
 
 
 def share_memory(usable: Sequence[int], stores: Sequence[int | None], part: float) -> list[RankMemory]:
@@ -75,8 +78,12 @@ def share_gpus(hands: Sequence[Sequence[str]], limits: Sequence[int | None]) -> 
         limits: How many each was asked to offer; None: as many as it gets.
     """
     most = [len(hand) if limit is None else limit for hand, limit in zip(hands, limits, strict=True)]
-    dealt = deal(hands, most, sum(map(len, hands)))
-    alike: dict[tuple[str, ...], list[int]] = {}
+    return _with_neighbours(hands, deal(hands, most, sum(map(len, hands))))
+
+
+def _with_neighbours(hands: Sequence[Sequence[_Item]], dealt: list[list[_Item]]) -> list[list[_Item]]:
+    """The same counts, but who could have had the same items gets ones that follow each other."""
+    alike: dict[tuple[_Item, ...], list[int]] = {}
     for player, hand in enumerate(hands):
         alike.setdefault(tuple(hand), []).append(player)
     for hand, players in alike.items():

@@ -40,6 +40,8 @@ class TasksOut(Protocol):
     def push_definitions(self, rank: int, template: bytes) -> None: ...
     def template(self, identifier: bytes) -> m.Template: ...
     def count_arrival(self, template: bytes) -> None: ...
+    def suits(self, template: m.Template) -> bool: ...
+    def why_never(self, template: m.Template) -> str: ...
     def warn_if_infeasible(self, template: m.Template) -> None: ...
     def watch_group(self, group: bytes) -> bool: ...
 
@@ -138,6 +140,9 @@ class Tasks:
             if template.group and not self._out.watch_group(template.group):
                 self._fail(task, payload.group_removed(template.group, template.name))
                 return
+            if why := self._out.why_never(template):
+                self._fail(task, payload.system_error("TaskUnschedulableError", f"The task is not schedulable: {why}"))
+                return
             queue = self.queues[task.template] = ClassQueue()
             if task.template not in self._looked_at:
                 self._looked_at.add(task.template)
@@ -177,7 +182,7 @@ class Tasks:
         for identifier in list(self.queues):
             queue = self.queues[identifier]
             template = self._out.template(identifier)
-            if self._may_stay(template):
+            if self.may_stay(template):
                 if queue.awaited:
                     for _ in range(min(len(queue.awaited), self._pool.room_for_awaited(identifier))):
                         self._start_here(queue.pop())
@@ -199,10 +204,9 @@ class Tasks:
             del self._asked[identifier]
             self._out.to_gcs(m.Demand(identifier, 0))
 
-    def _may_stay(self, template: m.Template) -> bool:
-        if self._out.is_alone and (template.node is None or template.node_is_soft):
-            return True  # nobody else could be asked
-        return not template.spread and template.node in (None, self._out.rank)
+    def may_stay(self, template: m.Template) -> bool:
+        """Whether tasks of this class may run here without the GCS having been asked."""
+        return (not template.spread or self._out.is_alone) and self._out.suits(template)
 
     def on_grant(self, grant: m.Grant) -> None:
         queue = self.queues.get(grant.template)

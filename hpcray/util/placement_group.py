@@ -138,8 +138,11 @@ def placement_group(
     Raises:
         ValueError: A wrong bundle, strategy or lifetime.
         RaySystemError: The name is taken.
+        TypeError: The name is no string.
     """
     shapes = _check_bundles(bundles)
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a placement group must be a string, not {name!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"the strategy of a placement group must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
     if lifetime not in (None, "detached"):

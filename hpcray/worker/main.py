@@ -13,6 +13,7 @@ from hpcray.protocol import messages as m
 from hpcray.runtime_context import assign_gpus
 from hpcray.worker import output
 from hpcray.worker.executor import Executor
+from hpcray.worker.threads import bind_threads
 
 
 def main(sock: socket.socket) -> None:
@@ -44,6 +45,7 @@ def serve(client: Client) -> None:
     executor = Executor(client)
     client.before_blocking = hand_back
     client.on_gpus = assign_gpus
+    client.on_cpus = lambda message: bind_threads(message.cpus)
     try:
         while True:
             if not inbox:

@@ -25,7 +25,7 @@ CORES = {
     "store/allocator.py", "store/first_touch.py", "store/spilling.py", "store/pressure.py",
     "raylet/core.py", "raylet/tasks.py", "raylet/calls.py", "raylet/pool.py", "raylet/actors.py", "raylet/ledger.py",
     "raylet/lanes.py", "raylet/groups.py", "raylet/clients.py", "raylet/surveys.py", "raylet/dependencies.py",
-    "raylet/queues.py",
+    "raylet/queues.py", "raylet/binding.py",
     "raylet/sharing.py", "raylet/explaining.py", "observe/statistics.py", "observe/findings.py",
     "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py", "gcs/views.py", "gcs/groups.py", "gcs/policies.py", "gcs/packing.py",
 }  # fmt: skip

@@ -193,6 +193,8 @@ def test_what_never_fits_into_its_bundle_is_refused():
 
 def test_an_actor_needs_a_cpu_to_be_created_unless_it_says_otherwise():
     with pytest.raises(ValueError, match="an actor needs 1 CPU to be created"):
+        actor(memory=1, **in_group(Group({"GPU": 1, "memory": 1})))
+    with pytest.raises(ValueError, match=r"what it needs, \{'CPU': 1.0, 'GPU': 1.0\}, does not fit"):
         actor(num_gpus=1, **in_group(Group({"GPU": 1})))
     assert actor(num_gpus=1, num_cpus=0, **in_group(Group({"GPU": 1}))).group
 

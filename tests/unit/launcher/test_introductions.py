@@ -2,7 +2,7 @@ import pytest
 
 from hpcray.ids import node_id
 from hpcray.launcher.introductions import Introduction, SeenGpu, make_nodes
-from hpcray.resources import as_floats
+from hpcray.resources import UNIT, as_floats
 
 GIB = 2**30
 
@@ -56,6 +56,19 @@ def test_rank_0_alone_on_its_host_offers_its_gpus_even_without_cpus():
     ranks = [rank("a", gpus=seen("a"), head_cpus=0), rank("b", gpus=seen("b", "c"))]
     assert offered("GPU", *ranks) == [1, 2]
     assert offered("CPU", *ranks) == [0, 8]
+
+
+def test_ranks_that_may_run_on_the_same_cpus_have_different_ones():
+    assert [node.cpus for node in nodes(rank(), rank(), rank())] == [(), (0, 1, 2, 3), (4, 5, 6, 7)]
+    assert nodes(rank(num_cpus=1))[0].cpus == tuple(range(8))
+    few = nodes(*(rank(affinity=[3]) for _ in range(3)))
+    assert [(node.cpus, node.resources.get("CPU", 0)) for node in few] == [((), 0), ((3,), UNIT), ((), UNIT)]
+
+
+def test_none_are_a_ranks_own_where_the_job_may_only_use_some():
+    # Another job may be using the same ones: a quota and Slurm without affinity say how many, and not which.
+    [node] = nodes(rank(cpus_on_host=4))
+    assert (node.cpus, node.resources["CPU"]) == ((), 4 * UNIT)
 
 
 def test_every_rank_has_its_say():
