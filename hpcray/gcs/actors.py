@@ -281,6 +281,12 @@ class Actors:
                 findings.append(Finding("actor", shown, title, 0, self._story(record), waiting))
         return findings
 
+    @property
+    def waiting(self) -> dict[bytes, tuple[str, bytes]]:
+        """Of those that wait for a node, what to call them, and their class."""
+        templates = {identifier: self.records[identifier].template for identifier in self._pending}
+        return {one: (f"actor {self._template(template).name}", template) for one, template in templates.items()}
+
     @staticmethod
     def _story(record: ActorRecord) -> str:
         if record.state == PENDING:

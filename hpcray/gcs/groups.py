@@ -291,6 +291,11 @@ class PlacementGroups:
                 bundles.setdefault(rank, {})[index] = group.spec.bundles[index]
         return bundles
 
+    @property
+    def waiting(self) -> dict[bytes, tuple[str, bytes]]:
+        """Of those that wait for room and could have it some time, what to call them."""
+        return {i: (f"placement group {self.name_of(group)}", b"") for i, group in self._waiting.items()}
+
     def known(self) -> list[Group]:
         """All groups, and those that were removed lately."""
         return [*self._shown.values(), *self.groups.values()]

@@ -778,6 +778,13 @@ class Load(Message, tag=101):
     arrived: dict[bytes, int]
 
 
+class Stuck(Message, tag=115):
+    """So many tasks of this template have found no place for long: the GCS tells drivers why. No answer."""
+
+    template: bytes
+    count: int
+
+
 class GrantReturned(Message, tag=102):
     """So many granted places were not needed."""
 
@@ -986,8 +993,8 @@ PeerMessage: TypeAlias = (
     | CopyAdded | CopyDropped | Free | Pull | PullFailed | PullFrom | HastenPull | MapObject | ObjectMapped | UnmapObject
     | RecallMapping | CopyLost
     | Survey | Surveyed | StartActor | LogLines
-    | Demand | Load | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor | WatchActor
-    | Ask | EndJob | CreatePlacementGroup | RemovePlacementGroup | WatchPlacementGroup | BundlesReserved
+    | Demand | Load | Stuck | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor
+    | WatchActor | Ask | EndJob | CreatePlacementGroup | RemovePlacementGroup | WatchPlacementGroup | BundlesReserved
     | PlacementGroupChanged | ReserveBundles | ReturnBundles | Grant | PlaceActor | ActorChanged | StopActor | Told
     | JobEnded | Shutdown | StartLane | EndLane | LaneLost | WantLane | Returned
 )  # fmt: skip

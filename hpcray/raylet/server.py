@@ -123,6 +123,7 @@ class RankServer:
             arena_start=CONTROL_PAGE,
             inline_limit=config.inline_limit,
             store_timeout=config.store_timeout,
+            fail_infeasible=config.fail_infeasible,
             out=self,
             binding=binding,
         )

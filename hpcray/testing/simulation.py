@@ -160,6 +160,10 @@ class _TimedGcs:
     def is_waiting_for_room(self) -> bool:
         return self.core.is_waiting_for_room
 
+    @property
+    def next_due(self) -> float | None:
+        return self.core.next_due
+
     def explain(self, asked: str) -> list[Finding]:
         return self.core.explain(asked)
 
