@@ -247,7 +247,9 @@ class CallerLanes:
 
     def on_closed(self, number: int, error: bytes | None) -> None:
         """Refused, or the worker died."""
-        lane = self._lanes[number]
+        lane = self._lanes.get(number)
+        if lane is None:
+            return  # it was closed here at the same time: no call was under way
         target = lane.target
         if error is None:
             self._forget(lane)
@@ -261,8 +263,10 @@ class CallerLanes:
             return
         if lane.sock is not None:
             lane.sock.setblocking(False)
-            while not lane.is_over and self._receive(lane):
+            while number in self._lanes and not lane.is_over and self._receive(lane):
                 pass  # what it had answered before it died
+            if number not in self._lanes:
+                return  # that was all, and the lane was wanted by others
         if (flight := lane.flight) is not None:
             self._await(target, [flight.id])
         self._out.later(m.CloseLane(number))

@@ -21,6 +21,7 @@ _COMMON: dict[str, tuple[type, ...]] = {
     "num_cpus": _NUMBER,
     "num_gpus": _NUMBER,
     "memory": _NUMBER,
+    "accelerator_type": (str,),
     "resources": (dict,),
     "name": (str,),
     "scheduling_strategy": (object,),
@@ -145,6 +146,8 @@ def _shape(options: Mapping[str, Any], cpus: float) -> Shape:
     amounts["CPU"] = cpus if options.get("num_cpus") is None else options["num_cpus"]
     amounts["GPU"] = options.get("num_gpus") or 0
     amounts["memory"] = options.get("memory") or 0
+    if kind := options.get("accelerator_type"):
+        amounts[f"accelerator_type:{kind}"] = 0.001  # so little, as in Ray, that it never runs out
     return shape_of(amounts)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 import hpcray
 from hpcray.exceptions import GetTimeoutError, RayTaskError, WorkerCrashedError
+from hpcray.util.scheduling_strategies import In, NodeAffinitySchedulingStrategy, NodeLabelSchedulingStrategy
 
 pytestmark = [
     pytest.mark.mpi,
@@ -383,3 +384,20 @@ def test_shutdown_ends_all_workers_and_a_new_job_can_start(wait_until):
     hpcray.init(num_cpus=2)
     assert hpcray.cluster_resources()["CPU"] == 2 * len(nodes_with_cpus())
     assert hpcray.get(here.remote(), timeout=60) in nodes_with_cpus()
+
+
+def test_calls_one_at_a_time_stay_where_they_want_to_run():
+    # From the third call on, they could go by a lane, and that to a worker of this rank, as they ask for no CPU.
+    @hpcray.remote(num_cpus=0)
+    def where() -> str:
+        return hpcray.get_runtime_context().get_node_id()
+
+    for node in hpcray.nodes():
+        bound = where.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        labelled = where.options(label_selector={"hpcray/rank": str(node["Rank"])})
+        labels = NodeLabelSchedulingStrategy({"hpcray/rank": In(str(node["Rank"]))})
+        for function in (bound, labelled, where.options(scheduling_strategy=labels)):
+            assert {hpcray.get(function.remote()) for _ in range(8)} == {node["NodeID"]}
+    spread = where.options(scheduling_strategy="SPREAD")
+    seen = {hpcray.get(spread.remote()) for _ in range(8 * len(hpcray.nodes()))}
+    assert seen == {node["NodeID"] for node in hpcray.nodes()}

@@ -231,6 +231,19 @@ def test_what_a_dead_worker_had_answered_counts(opened, value):
     assert opened.sent[-1] == m.CloseLane(1)
 
 
+@pytest.mark.parametrize("has_call", [True, False])
+def test_a_worker_that_dies_while_its_lane_is_closed_closes_it_no_second_time(opened, has_call):
+    returned = opened.call() if has_call else b""
+    opened.lanes.on_wanted(1)
+    assert opened.worker is not None
+    if has_call:
+        opened.worker.sendall(stream_frame([m.LaneReply(returned[:24], VALUE)]))
+    opened.worker.close()
+    opened.lanes.on_closed(1, b"error")
+    assert opened.sent.count(m.CloseLane(1)) == 1
+    assert opened.values == ({returned: VALUE} if has_call else {})
+
+
 def test_what_it_had_not_answered_is_the_raylet_s_to_judge(opened):
     returned = opened.call()
     assert opened.worker is not None

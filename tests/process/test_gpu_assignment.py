@@ -327,5 +327,15 @@ def test_more_than_one_gpu_must_be_a_whole_number_says_remote(look, actor, amoun
         remote_actor.remote()
 
 
+@pytest.mark.beyond_ray("there the driver's own process looks")
+def test_a_kind_of_gpu_may_be_asked_for(hpcray, look):
+    own = look.options(num_gpus=1, accelerator_type="H100")
+    assert len(hpcray.get([own.remote() for _ in range(8)], timeout=60)[0].ids) == 1
+    with pytest.raises(hpcray.exceptions.GetTimeoutError):
+        hpcray.get(look.options(num_gpus=1, accelerator_type="T4").remote(), timeout=0.3)
+    with pytest.raises(TypeError, match="accelerator_type"):
+        look.options(accelerator_type=100)
+
+
 def test_two_gpus_may_be_written_as_a_fraction(hpcray, look):
     assert len(hpcray.get(look.options(num_gpus=2.0).remote()).ids) == 2
