@@ -305,7 +305,8 @@ class Bulk:
         return moved
 
     def _finish_sends(self, outgoing: Outgoing) -> None:
-        for send in [send for send in outgoing.sends if send.is_done]:
+        # One at a time: what follows from the end of one may begin another to this peer, and end others inside this loop.
+        while (send := next((send for send in outgoing.sends if send.is_done), None)) is not None:
             self._drop(outgoing, send)
             send.on_done(send.error)
 
@@ -329,7 +330,8 @@ class Bulk:
             item.error = item.error or error
             self._end(item)
             return
-        for send in list(item.sends):
+        while item.sends:
+            send = item.sends[0]
             item.abandon(send)
             self._drop(item, send)
             send.on_done(error)
