@@ -3,8 +3,9 @@
 Rules:
   1. An object is fetched once, however many want it, as urgently as the most impatient of them: a waiting `get` before the
      arguments of a task that could run now before those of one that waits in a queue.
-  2. So many bytes are on their way at a time (`budget`), but one object always may be. The more urgent ones do not wait for
-     less urgent ones, and before they have all started, no less urgent one starts. A prefetch takes free memory only.
+  2. So many bytes are on their way at a time (`budget`), of `MOST` objects, but one object always may be. The more urgent ones
+     do not wait for less urgent ones, and before they have all started, no less urgent one starts. A prefetch takes free
+     memory only.
   3. A copy on this host is mapped, never moved. Else a rank that has it is asked for the bytes; it may name another rank, that
      is receiving them from it (`on_redirected`). A source that fails is passed over; without any left, the home is asked.
   4. What has arrived of an object is sent on while the rest arrives (`Filling`), also when it goes on from another source.
@@ -25,6 +26,9 @@ from hpcray.store.memory import Block, Memory
 
 BUDGET_SHARE = 0.4
 """Part of the arena that objects on their way may take, and that the arguments of tasks which have not begun may hold."""
+MOST = 256
+"""Objects on their way at a time: a rank's transfers from one peer have 4,096 tags, and each of the three urgencies may have as
+many under way."""
 NOBODY = -1
 
 
@@ -136,6 +140,8 @@ class Pulls:
         """Those that wait for their turn, by urgency, in order."""
         self._under_way = [0] * (PREFETCH + 1)
         """Bytes by urgency."""
+        self._number_under_way = [0] * (PREFETCH + 1)
+        """Objects by urgency."""
 
     def fetch(self, entry: Entry) -> None:
         """Bring an object that is AWAY to this node, as urgently as the entry says; or hasten it."""
@@ -151,9 +157,10 @@ class Pulls:
     def _hasten(self, pull: Pull, urgency: int) -> None:
         identifier = pull.entry.id
         is_queued = self._queues[pull.urgency].pop(identifier, None) is not None
-        self._under_way[pull.urgency] -= pull.counted
-        self._under_way[urgency] += pull.counted
+        counted = pull.counted
+        self._count(pull, 0)
         pull.urgency = urgency
+        self._count(pull, counted)
         if is_queued:
             self._queues[urgency][identifier] = pull
             self.pump()
@@ -220,8 +227,7 @@ class Pulls:
                 if not self._is_wanted(pull):
                     self._end(pull)
                     continue
-                pull.counted = pull.entry.size
-                self._under_way[pull.urgency] += pull.counted
+                self._count(pull, pull.entry.size)
                 self._memory.reserve(pull.entry.id, pull.entry.size, partial(self._reserved, pull))
 
     def _may_start(self, pull: Pull) -> bool:
@@ -229,7 +235,14 @@ class Pulls:
         if pull.urgency == PREFETCH and (self._memory.is_waited_for or self._memory.largest_free < size):
             return False
         before = sum(self._under_way[: pull.urgency + 1])
-        return not before or before + size <= self.budget
+        is_one_of_many = sum(self._number_under_way[: pull.urgency + 1]) >= MOST
+        return not before or (before + size <= self.budget and not is_one_of_many)
+
+    def _count(self, pull: Pull, size: int) -> None:
+        """From now on it counts for so many bytes: 0 if it is not under way."""
+        self._under_way[pull.urgency] += size - pull.counted
+        self._number_under_way[pull.urgency] += bool(size) - bool(pull.counted)
+        pull.counted = size
 
     @property
     def is_waiting(self) -> bool:
@@ -304,8 +317,7 @@ class Pulls:
         self.pump()
 
     def _give_up_block(self, pull: Pull) -> None:
-        self._under_way[pull.urgency] -= pull.counted
-        pull.counted = 0
+        self._count(pull, 0)
         block, pull.block = pull.block, None
         if block is not None:
             pull.filling = Filling()
@@ -385,7 +397,8 @@ class Pulls:
     def check(self) -> None:
         """Raise InternalError if the books disagree. Slow: tests and HPCRAY_CHECK=1."""
         for urgency, size in enumerate(self._under_way):
-            if size != sum(pull.counted for pull in self._pulls.values() if pull.urgency == urgency):
+            counted = [pull.counted for pull in self._pulls.values() if pull.urgency == urgency and pull.counted]
+            if (size, self._number_under_way[urgency]) != (sum(counted), len(counted)):
                 raise InternalError(f"rank {self._rank}: {size} bytes of urgency {urgency} are not under way")
         for urgency, queue in enumerate(self._queues):
             for identifier, pull in queue.items():

@@ -28,11 +28,6 @@ from mpi4py import MPI  # noqa: E402
 OnDone = Callable[[str | None], None]
 """Called once with None, or with what went wrong; the memory is not used any more."""
 
-FIRST_TAG = 16
-"""Below are the tags of frames."""
-MOST_TAGS = 4096
-"""Transfers at once from one peer; MPI promises tags up to 32767 only."""
-
 CHUNK_SIZE = 1 << 20
 CHUNKS_IN_FLIGHT = 2
 TURN_SECONDS = 1e-3
@@ -199,32 +194,12 @@ class Bulk:
         self._outgoing: dict[int, Outgoing] = {}
         self._order: deque[Receive | Outgoing] = deque()
         """What `progress` looks at, in turn."""
-        self._tags_made: dict[int, int] = {}
-        self._tags_free: dict[int, deque[int]] = {}
         self.last_moved = 0.0
         """When a chunk was last sent or received."""
 
     @property
     def is_active(self) -> bool:
         return bool(self._order)
-
-    # ------------------------------------------------------------------------------------------------------------- tags
-    def new_tag(self, peer: int) -> int:
-        """A tag for a transfer from this peer. Freed when the transfer is done.
-
-        Raises:
-            RuntimeError: Thousands of transfers from this peer are under way.
-        """
-        if free := self._tags_free.get(peer):
-            return free.popleft()
-        made = self._tags_made.get(peer, 0)
-        if made == MOST_TAGS:
-            raise RuntimeError(f"{MOST_TAGS} transfers from rank {peer} are under way")
-        self._tags_made[peer] = made + 1
-        return FIRST_TAG + made
-
-    def free_tag(self, peer: int, tag: int) -> None:
-        self._tags_free.setdefault(peer, deque()).append(tag)
 
     # -------------------------------------------------------------------------------------------------------- beginning
     def receive(self, receive: Receive) -> None:

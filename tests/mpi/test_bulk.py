@@ -196,7 +196,7 @@ class Request:
 
 
 class Bells:
-    def wake(self, rank: int) -> None:
+    def wake(self, peer: int) -> None:
         pass
 
 

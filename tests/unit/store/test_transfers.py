@@ -13,11 +13,12 @@ from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
 from hpcray.store.entry import ARGUMENT, GET, HERE, MAPPED, PREFETCH
 from hpcray.store.memory import Block
-from hpcray.store.pulls import Done, Transfer
+from hpcray.store.pulls import MOST, Done, Transfer
 from hpcray.store.table import ObjectTable
 from hpcray.store.transfers import FANOUT
 from hpcray.testing.bulk import CHUNK
 from hpcray.testing.cluster import Cluster
+from hpcray.transport.tags import MOST_TAGS
 
 ME, NEIGHBOUR, FAR, FARTHER, FARTHEST = range(5)
 SIZE = 1024
@@ -207,6 +208,27 @@ def test_a_prefetch_has_nothing_evicted_and_a_get_does(table, out):
     assert not pulled(out)
     need(table, name(FAR, 21), [FAR], GET)
     assert pulled(out) == [name(FAR, 21)]
+
+
+def test_many_small_objects_are_not_all_on_their_way_at_once(out):
+    # or a `get` of some thousand objects would need more tags than there are
+    table = ObjectTable(ME, Allocator(0, 1 << 24), out, patience=10.0)
+    urgencies = (PREFETCH, ARGUMENT, GET)
+    for number, urgency in enumerate(urgencies):
+        for n in range(MOST + 10):
+            x = name(FAR, 1000 * number + n)
+            table.references.add_guest(x)
+            table.learn_copies(x, 64, [FAR])
+            table.when_local(x, lambda _: None, urgency)
+        assert len(out.receiving) == MOST * (number + 1)
+    assert len(out.receiving) < MOST_TAGS
+    table.check()
+    arrived = 0
+    while out.receiving:
+        out.arrive(next(transfer.block.id for transfer, _ in out.receiving.values()))
+        arrived += 1
+    assert arrived == (MOST + 10) * len(urgencies)
+    table.check()
 
 
 # ---------------------------------------------------------------------------------------------------------- where it is from
