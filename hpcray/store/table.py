@@ -271,6 +271,11 @@ class ObjectTable:
                     self._out.send(rank, m.Free([entry.id]))
         if entry.fetchers is not None:
             self._tell_fetchers(entry, _freed_already(entry.id))
+        if entry.waiters is not None:
+            # Borrowers that have given up since they asked: until they are answered, they keep what they know of it.
+            entry.state = INLINE
+            entry.data = _freed_already(entry.id)
+            self._exists(entry)
         if entry.nested:
             self._drop_all(entry.nested)
         if entry.on_free is not None:

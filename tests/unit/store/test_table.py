@@ -582,6 +582,38 @@ def test_the_home_answers_where_an_object_is_once_it_exists(table, out):
     assert out.take() == [(7, m.Located(x, None, 1024, [FARTHER]))]
 
 
+def test_who_has_asked_for_what_is_freed_before_it_exists_is_told_so(table, out):
+    table.references.create(name(ME, 1))
+    table.references.on_borrow(name(ME, 1), FAR)
+    table.on_locate(name(ME, 1), FAR)
+    table.references.on_unborrow(name(ME, 1), FAR, 1)
+    table.references.drop(name(ME, 1))
+    ((rank, message),) = out.take()
+    assert (rank, payload.describe_system_error(message.data)[0]) == (FAR, "ObjectLostError")
+
+
+def test_a_get_that_is_given_up_before_its_object_exists_leaves_nothing():
+    # try: get(x, timeout=1)  except GetTimeoutError: return         # in a task that was passed [x]
+    cluster = Cluster([1, 1])
+    driver = cluster.add_driver()
+    (x,) = driver.submit(on(cluster, driver, 0))
+    driver.submit(on(cluster, driver, 1), nested=[x])
+    driver.release([x])
+    cluster.run()
+    worker = cluster.worker_on(1)
+    worker.get([x])
+    cluster.run()
+    worker.stop_getting()
+    cluster.run()
+    worker.finish()
+    cluster.run()
+    cluster.worker_on(0).finish()
+    for process in cluster.processes:
+        process.release(list(process.held))
+    cluster.run()
+    assert cluster.leftovers() == []
+
+
 def test_the_home_says_so_when_it_is_asked_for_what_it_freed(table, out):
     table.on_locate(name(ME, 1), FAR)
     ((_, message),) = out.take()
