@@ -30,28 +30,32 @@ from hpcray.store.table import ObjectTable
 class Claims:
     """Distinct objects that bundles need, and their bytes: tasks often share an argument."""
 
-    __slots__ = ("_counts", "size")
+    __slots__ = ("_sizes", "counts", "size")
 
     def __init__(self) -> None:
-        self._counts: dict[bytes, int] = {}
+        self.counts: dict[bytes, int] = {}
+        """Bundles that need an object."""
+        self._sizes: dict[bytes, int] = {}
+        """As the first of them said: a task that was run again may have made a result of another size."""
         self.size = 0
 
     def added(self, sizes: dict[bytes, int]) -> int:
         """How many bytes more these would be."""
-        return sum(size for identifier, size in sizes.items() if identifier not in self._counts)
+        return sum(size for identifier, size in sizes.items() if identifier not in self.counts)
 
     def add(self, sizes: dict[bytes, int]) -> None:
         self.size += self.added(sizes)
-        for identifier in sizes:
-            self._counts[identifier] = self._counts.get(identifier, 0) + 1
+        for identifier, size in sizes.items():
+            self.counts[identifier] = self.counts.get(identifier, 0) + 1
+            self._sizes.setdefault(identifier, size)
 
     def remove(self, sizes: dict[bytes, int]) -> None:
-        for identifier, size in sizes.items():
-            if count := self._counts[identifier] - 1:
-                self._counts[identifier] = count
+        for identifier in sizes:
+            if count := self.counts[identifier] - 1:
+                self.counts[identifier] = count
             else:
-                del self._counts[identifier]
-                self.size -= size
+                del self.counts[identifier]
+                self.size -= self._sizes.pop(identifier)
 
 
 class Bundle:
@@ -311,5 +315,5 @@ class Dependencies:
                     raise InternalError(f"the arguments of {bundle.work.task.hex()} wait, and are active")
                 if bundle.is_prefetched:
                     prefetch.add(bundle.sizes)
-        if claims.size != self._active_claims.size or prefetch.size != self._prefetch_claims.size:
-            raise InternalError("bundles claim other bytes than they need")
+        if claims.counts != self._active_claims.counts or prefetch.counts != self._prefetch_claims.counts:
+            raise InternalError("bundles claim other objects than they need")

@@ -10,6 +10,7 @@ import pytest
 from hpcray import payload
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work
+from hpcray.raylet.dependencies import Claims
 from hpcray.resources import UNIT
 from hpcray.testing.cluster import Cluster
 from hpcray.testing.process import Process
@@ -55,6 +56,19 @@ def release_all(cluster: Cluster) -> None:
         process.release(list(process.held))
     cluster.run()
     assert cluster.leftovers() == []
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_bundles_may_believe_an_object_to_have_different_sizes(order):
+    bundles = [{b"x": 5000, b"y": 10}, {b"x": 100}]
+    claims = Claims()
+    claims.add(bundles[0])
+    assert claims.added(bundles[1]) == 0
+    claims.add(bundles[1])
+    assert claims.size == 5010
+    for index in order:
+        claims.remove(bundles[index])
+    assert claims.size == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
