@@ -560,11 +560,15 @@ class Pull(Message, tag=82):
 
 
 class PullFailed(Message, tag=83):
-    """The holder has no such object (any more); `sent` bytes of it are on their way. Tag 0 answers `MapObject`."""
+    """The holder has no such object (any more); `sent` bytes of it are on their way. Tag 0 answers `MapObject`.
+
+    `error`: it does have it, on disk, and no room came for it; the `ObjectStoreFullError` that says so.
+    """
 
     id: bytes
     tag: int
     sent: int
+    error: bytes = b""
 
 
 class PullFrom(Message, tag=97):

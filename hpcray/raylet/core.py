@@ -782,8 +782,8 @@ class RayletCore:
         """Place, dispatch and report what this turn changed, until nothing is left to do inside this rank."""
         self.now = now
         tasks, pool = self.tasks, self.pool
-        self.table.end_turn(now)
         while True:
+            self.table.end_turn(now)
             if self.surveys.asked:
                 self.surveys.answer(now)
             if tasks.has_work:
@@ -797,7 +797,7 @@ class RayletCore:
                 self.gcs.end_turn(now)
             if self.lanes.exist and not self._loopback:
                 self._free_lanes()
-            if not self._loopback:
+            if not self._loopback and not self.memory.has_news:
                 break
             messages, self._loopback = self._loopback, []
             for message in messages:

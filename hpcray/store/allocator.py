@@ -60,6 +60,11 @@ class Allocator:
         return self._used
 
     @property
+    def count(self) -> int:
+        """How many blocks are allocated."""
+        return len(self._live)
+
+    @property
     def available(self) -> int:
         """Bytes in free blocks; a request of that size may still fail, see `largest_free`."""
         return self._size - self._used

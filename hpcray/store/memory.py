@@ -181,7 +181,10 @@ class Memory:
             self._creators.append(creator)
 
     def on_turn(self, now: float) -> None:
-        """At the end of each turn in which somebody waits: have room made, and tell those whose time is over."""
+        """At the end of each turn in which somebody waits: have room made, and tell those whose time is over.
+
+        Again in the same turn if that `has_news`: who is told may ask again, and would not be looked at before the next one.
+        """
         refused, self._refused = self._refused, []
         for creator in refused:
             creator.then(None)
@@ -192,9 +195,9 @@ class Memory:
             self._freed_at = now
         for creator in self._creators:
             creator.since = min(creator.since, now)
-        late = [creator for creator in self._creators if self._deadline(creator) <= now]
+        late = [creator for creator in self._creators if self._is_late(creator, now)]
         if late:
-            self._creators = deque(creator for creator in self._creators if self._deadline(creator) > now)
+            self._creators = deque(creator for creator in self._creators if not self._is_late(creator, now))
             for creator in late:
                 creator.then(None)
             self._serve_creators()
@@ -206,11 +209,20 @@ class Memory:
     def _deadline(self, creator: _Creator) -> float:
         return max(creator.since, self._freed_at, self._busy_since) + self._patience
 
+    def _is_late(self, creator: _Creator, now: float) -> bool:
+        # Nobody is in the turn of its asking, whatever the patience: who is told may ask for the same again at once.
+        return creator.since < now and self._deadline(creator) <= now
+
     @property
     def next_expiry(self) -> float | None:
         """When `on_turn` should be called, if a creator waits."""
         due = min(map(self._deadline, self._creators), default=float("inf"))
         return due if due < float("inf") else None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether somebody has asked in vain since the last `on_turn`."""
+        return bool(self._refused) or (bool(self._creators) and self._creators[-1].since == float("inf"))
 
     @property
     def is_waited_for(self) -> bool:
@@ -254,6 +266,11 @@ class Memory:
     def in_use(self) -> int:
         """Bytes of the arena in blocks, those that are being written included."""
         return self._allocator.used
+
+    @property
+    def count(self) -> int:
+        """How many objects have memory in the arena, those that are being written included."""
+        return self._allocator.count
 
     @property
     def largest_free(self) -> int:

@@ -7,7 +7,8 @@ Rules:
      do not wait for less urgent ones, and before they have all started, no less urgent one starts. A prefetch takes free
      memory only.
   3. A copy on this host is mapped, never moved. Else a rank that has it is asked for the bytes; it may name another rank, that
-     is receiving them from it (`on_redirected`). A source that fails is passed over; without any left, the home is asked.
+     is receiving them from it (`on_redirected`). A source that fails is passed over; without any left, the home is asked; but if
+     one of them has it on disk and no room for it, that is what those who wait are told.
   4. What has arrived of an object is sent on while the rest arrives (`Filling`), also when it goes on from another source.
      A receiver is fed only by who has the object or by who is fed itself by the rank that said so: never in a circle.
 """
@@ -75,8 +76,8 @@ class Receiver(Protocol):
     def on_arrived(self, entry: Entry) -> None:
         """The object can be read on this node."""
 
-    def on_no_room(self, entry: Entry) -> None:
-        """No room came for it."""
+    def on_no_room(self, entry: Entry, error: bytes = b"") -> None:
+        """No room came for it, here or (`error`) where it would have to be restored from disk."""
 
     def on_stranded(self, entry: Entry) -> None:
         """No rank that is known to have a copy has it any more."""
@@ -96,8 +97,8 @@ class Pull:
     """One object on its way here."""
 
     __slots__ = (
-        "block", "counted", "entry", "filling", "is_mapping", "mappers", "redirect", "source", "tag", "tried", "urgency",
-        "via",
+        "block", "counted", "entry", "filling", "is_mapping", "mappers", "no_room", "redirect", "source", "tag", "tried",
+        "urgency", "via",
     )  # fmt: skip
 
     def __init__(self, entry: Entry) -> None:
@@ -116,6 +117,8 @@ class Pull:
         self.counted = 0
         """Bytes for which it counts while it is under way."""
         self.tried: set[int] = set()
+        self.no_room = b""
+        """What one of these said that has the object on disk, and no room to read it back."""
         self.mappers: list[int] = []
         """Ranks of this host that map it once it is here."""
 
@@ -190,7 +193,10 @@ class Pulls:
             self._map(pull, neighbours[0])
         elif not untried:
             self._end(pull)
-            self._receiver.on_stranded(pull.entry)
+            if pull.no_room:
+                self._receiver.on_no_room(pull.entry, pull.no_room)
+            else:
+                self._receiver.on_stranded(pull.entry)
         elif pull.block is not None:
             # Not all at one source; ranks of one host at the same, which then has one of them map the other's copy.
             host = next(rank for rank in range(self._rank + 1) if self._out.share_host(rank, self._rank))
@@ -293,16 +299,16 @@ class Pulls:
         assert block is not None
         pull.block = None
         self.received_bytes += block.size
-        is_wanted = self._is_wanted(pull)
-        mappers, pull.mappers = pull.mappers, []
-        self._end(pull)
-        if not is_wanted:
+        if not self._is_wanted(pull):
+            self._end(pull)
             self._memory.abandon(block)
-            self._refuse(entry.id, mappers)
             return
+        mappers, pull.mappers = pull.mappers, []
+        # First this, as the next pulls start when this one ends, and who is told of them may let go of this object.
         entry.state = HERE
         entry.block = block
         self._add_copy(entry, mapped=False)
+        self._end(pull)
         self._receiver.on_arrived(entry)
         for mapper in mappers:
             self._server.on_map(entry.id, mapper)
@@ -333,12 +339,15 @@ class Pulls:
         self._out.end_receive(source, message.tag, 0, "the source named another one")
 
     def on_pull_failed(self, message: m.PullFailed, source: int) -> None:
-        """The source has no such object, or (`sent`) has lost it on the way."""
+        """The source has no such object, or no room for it, or (`sent`) has lost it on the way."""
+        pull = self._pulls.get(message.id)
+        if pull is not None and (pull.source != source or pull.tag != message.tag):
+            pull = None  # it was given up meanwhile
+        if pull is not None and message.error:
+            pull.no_room = message.error
         if message.tag:
             self._out.end_receive(source, message.tag, message.sent, "the source has no such object any more")
-            return
-        pull = self._pulls.get(message.id)
-        if pull is not None and pull.is_mapping and pull.source == source:
+        elif pull is not None and pull.is_mapping:
             pull.is_mapping = False
             self._pass_over(pull)
 
@@ -356,9 +365,9 @@ class Pulls:
         entry.state = MAPPED
         entry.block = Block(message.id, source, message.offset, message.size)
         entry.size = message.size
+        self._add_copy(entry, mapped=True)
         if pull is not None and pull.is_mapping:
             self._end(pull)
-        self._add_copy(entry, mapped=True)
         self._receiver.on_arrived(entry)
 
     def _add_copy(self, entry: Entry, *, mapped: bool) -> None:
@@ -374,11 +383,8 @@ class Pulls:
 
     def _refuse_mappers(self, pull: Pull) -> None:
         mappers, pull.mappers = pull.mappers, []
-        self._refuse(pull.entry.id, mappers)
-
-    def _refuse(self, identifier: bytes, mappers: list[int]) -> None:
         for mapper in mappers:
-            self._out.send(mapper, m.PullFailed(identifier, 0, 0))
+            self._out.send(mapper, m.PullFailed(pull.entry.id, 0, 0))
 
     # ------------------------------------------------------------------------------------------------------------- loss
     def on_rank_lost(self, rank: int) -> None:

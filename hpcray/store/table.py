@@ -52,6 +52,8 @@ class ObjectTable:
         self.spiller = Spiller(self.memory, out, self)
         self.transfers = Transfers(rank, self.entries, self.memory, out, self)
         self._out = out
+        self._contents = ""
+        """What `why_full` says of this arena: made once per turn, however many are told."""
         self._due: deque[Callable[[], None]] = deque()
         self._is_acting = False
 
@@ -164,6 +166,8 @@ class ObjectTable:
 
     def on_arrived(self, entry: Entry) -> None:
         """The object can be read on this node."""
+        if self.entries.get(entry.id) is not entry:
+            return  # one of those who were told before that it exists has let go of it, as the last
         block = entry.block
         if block is not None:
             self.memory.pin(block)  # or it might make room for others before those who wait have looked at it
@@ -181,9 +185,11 @@ class ObjectTable:
         """The object cannot be brought here: the error takes its place."""
         self._set_inline(entry, error)
 
-    def on_no_room(self, entry: Entry) -> None:
-        """No room came for it: whoever waits is told so. The object stays where it is."""
-        self._tell_fetchers(entry, payload.system_error("ObjectStoreFullError", self.why_full(entry.size)))
+    def on_no_room(self, entry: Entry, error: bytes = b"") -> None:
+        """No room came for it, here or (`error`) where it is: whoever waits is told so. The object stays where it is."""
+        if not error and entry.urgency == PREFETCH:
+            error = _NO_PREFETCH  # nobody reads it, and thousands may be refused in a turn
+        self._tell_fetchers(entry, error or payload.system_error("ObjectStoreFullError", self.why_full(entry.size)))
 
     def _tell_fetchers(self, entry: Entry, error: bytes | None) -> None:
         fetchers, entry.fetchers = entry.fetchers, None
@@ -451,6 +457,7 @@ class ObjectTable:
         """At the end of each turn: have room made for those who wait for it."""
         if self.memory.is_waited_for:
             self.memory.on_turn(now)
+            self._contents = ""
         if self.transfers.pulls.is_waiting:
             self.transfers.pulls.pump()  # memory may have come free
 
@@ -461,14 +468,22 @@ class ObjectTable:
         return due if due is None or self.spiller.retry_at is None else min(due, self.spiller.retry_at)
 
     def why_full(self, size: int) -> str:
-        """What an `ObjectStoreFullError` says of an object for which there was no room."""
+        """What an `ObjectStoreFullError` says of an object for which there was no room. For calls of `Memory`, in its turn."""
         memory = self.memory
         text = (
             f"an object of {size:,} bytes does not fit: the object store of rank {self.rank} has {memory.size:,} bytes"
         )
         if size > memory.size:
             return text + " in all. Give the store more: init(object_store_memory=…) or --object-store-memory."
-        text += f", {memory.size - memory.in_use:,} of them free (the largest piece {memory.largest_free:,}). "
+        if not self._contents:
+            self._contents = self._describe_contents()
+        return (
+            f"{text}, {self._contents}. Drop what is not needed (`del`: an array from `get` keeps its object in the store), get "
+            "less at a time, or give the store more: init(object_store_memory=…) or --object-store-memory."
+        )
+
+    def _describe_contents(self) -> str:
+        memory = self.memory
         held = [*self._out.holders()]
         if mapped := self.transfers.bytes_mapped_out:
             held.append(f"{mapped:,} bytes are mapped by other ranks of this host")
@@ -478,16 +493,11 @@ class ObjectTable:
         if writing := self.spiller.under_way:
             held.append(f"{writing:,} bytes are being spilled")
         return (
-            f"{text}It holds {self.count_stored()} objects; {'; '.join(held) or 'nobody holds them'}. Drop what is not "
-            "needed (`del`: an array from `get` keeps its object in the store), get less at a time, or give the store "
-            "more: init(object_store_memory=…) or --object-store-memory."
+            f"{memory.size - memory.in_use:,} of them free (the largest piece {memory.largest_free:,}). It holds "
+            f"{memory.count} objects; {'; '.join(held) or 'nobody holds them'}"
         )
 
     # ----------------------------------------------------------------------------------------------------------- state
-    def count_stored(self) -> int:
-        """How many objects lie in this arena."""
-        return sum(1 for entry in self.entries.values() if entry.state == HERE)
-
     def check(self) -> None:
         """Raise InternalError if the table disagrees with itself. Slow: tests and HPCRAY_CHECK=1."""
         self.references.check()
@@ -517,6 +527,9 @@ class ObjectTable:
         else:
             right = memory.unused
         return "" if block.queue is right else "waits to make room in the wrong queue"
+
+
+_NO_PREFETCH = payload.system_error("ObjectStoreFullError", "no memory was free for an object that is not needed yet")
 
 
 def _freed_already(identifier: bytes) -> bytes:

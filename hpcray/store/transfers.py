@@ -87,16 +87,20 @@ class Transfers:
     # ---------------------------------------------------------------------------------------------------------- serving
     def on_pull(self, message: m.Pull, receiver: int) -> None:
         """Another rank wants the bytes."""
+
+        def serve(block: Block | None, error: bytes) -> None:
+            if block is None:
+                self._out.send(receiver, m.PullFailed(message.id, message.tag, 0, error))
+            else:
+                self._serve(message, receiver, block, None)
+
         pull = self.pulls.receiving(message.id, message.via) if message.via != NOBODY else None
-        if pull is not None:
+        if pull is not None and pull.block is not None:
             self._serve(message, receiver, pull.block, pull.filling)
         else:
-            self._when_here(message.id, lambda block: self._serve(message, receiver, block, None))
+            self._when_here(message.id, serve)
 
-    def _serve(self, message: m.Pull, receiver: int, block: Block | None, filling: Filling | None) -> None:
-        if block is None:
-            self._out.send(receiver, m.PullFailed(message.id, message.tag, 0))
-            return
+    def _serve(self, message: m.Pull, receiver: int, block: Block, filling: Filling | None) -> None:
         servings = self._servings.setdefault(message.id, [])
         other = self._who_else(servings, receiver)
         if other != NOBODY:
@@ -146,9 +150,9 @@ class Transfers:
             pull.mappers.append(mapper)
             return
 
-        def show(block: Block | None) -> None:
+        def show(block: Block | None, error: bytes) -> None:
             if block is None or block.rank != self._rank:
-                self._out.send(mapper, m.PullFailed(identifier, 0, 0))
+                self._out.send(mapper, m.PullFailed(identifier, 0, 0, error))
                 return
             if (mapper, identifier) not in self._mapped_out:
                 self._memory.pin(block)
@@ -157,13 +161,22 @@ class Transfers:
 
         self._when_here(identifier, show)
 
-    def _when_here(self, identifier: bytes, then: Callable[[Block | None], None]) -> None:
-        """With the block of an object, if need be restored from disk; with None if it cannot be had here."""
+    def _when_here(self, identifier: bytes, then: Callable[[Block | None, bytes], None]) -> None:
+        """With the block of an object, if need be restored from disk; with None if it cannot be had here.
+
+        With an error as well if it is on disk and there is no room for it: it may be had later.
+        """
         entry = self._entries.get(identifier)
         if entry is None:
-            then(None)
-        elif entry.state != SPILLED or self._receiver.when_local(identifier, lambda _error: then(entry.block)):
-            then(entry.block)
+            then(None, b"")
+            return
+
+        def local(error: bytes | None) -> None:
+            is_on_disk = entry.state == SPILLED and self._entries.get(identifier) is entry
+            then(entry.block, error if error is not None and is_on_disk else b"")
+
+        if entry.state != SPILLED or self._receiver.when_local(identifier, local):
+            then(entry.block, b"")
 
     def on_unmap(self, identifier: bytes, mapper: int) -> None:
         """It does not map it any more."""

@@ -221,7 +221,7 @@ class Cluster:
     Args:
         cpus: Per rank, how many CPUs it offers.
         machines: Per rank, where it runs; ranks of one machine map each other's memory. Default: all apart.
-        arena_size: Bytes of each rank's arena, a multiple of 64.
+        arena_size: Bytes of each rank's arena, or of each one's by rank; multiples of 64.
         store_timeout: Seconds that the creator of an object waits for room.
         extra: Resources that each rank offers besides CPUs.
     """
@@ -231,7 +231,7 @@ class Cluster:
         cpus: Sequence[int],
         *,
         machines: Sequence[str] = (),
-        arena_size: int = 1 << 16,
+        arena_size: int | Sequence[int] = 1 << 16,
         store_timeout: float = 1e9,
         inline_limit: int = 1000,
         extra: Shape | None = None,
@@ -244,7 +244,7 @@ class Cluster:
                 machines[rank] if machines else f"machine{rank}",
                 1000 + rank,
                 {**({"CPU": count * UNIT} if count else {}), **(extra or {})},
-                arena_size,
+                arena_size if isinstance(arena_size, int) else arena_size[rank],
             )
             for rank, count in enumerate(cpus)
         ]
@@ -354,9 +354,13 @@ class Cluster:
         self.ranks[process.rank].kill(process.number)
 
     def check(self) -> None:
-        """Raise if a core disagrees with itself, or memory changed under somebody's eyes."""
+        """Raise if a core disagrees with itself, memory changed under somebody's eyes, or somebody waits for a turn that does
+        not come."""
         for node in self.ranks:
-            node.core.check()
+            core = node.core
+            core.check()
+            if core.memory.is_waited_for and (core.memory.has_news or core.table.next_expiry is None):
+                raise AssertionError(f"rank {node.rank}: somebody waits for room, and nobody looks at the clock for it")
         for process in self.processes:
             process.check()
 

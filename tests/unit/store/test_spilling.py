@@ -9,11 +9,13 @@ import pytest
 from hpcray import payload
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import AWAY, HERE, INLINE, PREFETCH, SPILLED, Extent
+from hpcray.store.entry import AWAY, GET, HERE, INLINE, PREFETCH, SPILLED, Extent
 from hpcray.store.memory import Block
 from hpcray.store.spilling import LEAST_BATCH, RETRY_PAUSE
 from hpcray.store.table import ObjectTable
-from tests.unit.store.test_table import FAR, ME, NEIGHBOUR, PATIENCE, SIZE, Out, name
+from hpcray.testing.cluster import Cluster
+from hpcray.testing.process import Process
+from tests.unit.store.test_table import FAR, FARTHER, ME, NEIGHBOUR, PATIENCE, SIZE, Out, name
 from tests.unit.store.test_table import ask as ask_for
 from tests.unit.store.test_table import need as learn_of
 from tests.unit.store.test_table import write as write_block
@@ -330,6 +332,24 @@ def test_a_prefetch_takes_free_memory_only(table, out):
     assert not out.writing
 
 
+def test_however_many_are_told_that_there_is_no_room_the_store_is_described_once(table, out, monkeypatch):
+    described = []
+    monkeypatch.setattr(out, "holders", lambda: described.append(1) or [])
+    spilled = fill(table)
+    spill_all(table, out)
+    for number in range(10, 14):
+        table.memory.pin(table.entries[put(table, number)].block)
+    told: list[bytes | None] = []
+    for urgency, times in ((PREFETCH, 0), (GET, 1)):
+        for identifier in spilled:
+            assert not table.when_local(identifier, told.append, urgency)
+        table.end_turn(0.0)
+        table.end_turn(PATIENCE)
+        assert len(told) == len(spilled)
+        assert len(described) == times, "nobody reads what prefetches are told"
+        told.clear()
+
+
 def test_what_neighbours_only_map_is_called_back_when_there_is_nothing_to_spill(table, out):
     ids = fill(table)
     for i in ids:
@@ -378,3 +398,77 @@ def test_small_objects_share_a_file_and_large_demands_several_writers():
     assert len(out.writing) == 4
     assert table.spiller.under_way >= size // 4
     table.check()
+
+
+# ------------------------------------------------------------------------- no room where the only copy would be read back
+def no_room_at_rank_1(cluster: Cluster) -> tuple[Process, Process, bytes, list[bytes]]:
+    """An object of the driver's is on the disk of rank 1, where a worker looks at all that is in the arena."""
+    driver = cluster.add_driver()
+    template = cluster.template(driver, "f", node=1)
+    objects = []
+    for _ in range(5):
+        objects += driver.submit(template)
+        cluster.run()
+        cluster.worker_on(1).finish(large=True, size=2000)
+        cluster.run()
+    entries = cluster.ranks[1].core.table.entries
+    here = [i for i in objects if entries[i].state == HERE]
+    (spilled, *_) = (i for i in objects if entries[i].state == SPILLED)
+    driver.submit(template)
+    cluster.run()
+    worker = cluster.worker_on(1)
+    worker.adopt(here)
+    worker.get(here)
+    cluster.run()
+    return driver, worker, spilled, here
+
+
+def let_time_pass(cluster: Cluster) -> None:
+    for _ in range(4):
+        cluster.advance(2.0)
+        cluster.run()
+
+
+@pytest.mark.parametrize("machines", [["a", "a"], ["a", "b"]])
+def test_an_object_for_which_its_holder_has_no_room_is_not_lost(machines):
+    cluster = Cluster([0, 1], arena_size=1 << 13, store_timeout=5.0, machines=machines)
+    driver, worker, x, here = no_room_at_rank_1(cluster)
+    driver.get([x])
+    let_time_pass(cluster)
+    kind, (text, *_) = payload.describe_system_error(driver.errors[x])
+    assert kind == "ObjectStoreFullError"
+    assert "the object store of rank 1" in text
+    driver.values.pop(x)
+    driver.errors.clear()
+    worker.release(here)
+    driver.get([x])
+    cluster.run()
+    assert x in driver.values
+    assert not driver.errors
+
+
+def test_who_is_neither_home_nor_holder_hears_of_no_room_too_and_does_not_ask_for_ever():
+    cluster = Cluster([0, 1, 1], arena_size=1 << 13, store_timeout=5.0)
+    driver, _, x, _ = no_room_at_rank_1(cluster)
+    driver.submit(cluster.template(driver, "g", node=2), nested=[x])
+    cluster.run()
+    other = cluster.worker_on(2)
+    other.get([x])
+    let_time_pass(cluster)
+    assert payload.describe_system_error(other.errors[x])[0] == "ObjectStoreFullError"
+
+
+def test_another_copy_is_tried_before_the_lack_of_room_at_one_is_told(table, out):
+    x = name(FARTHER, 1)
+    learn_of(table, x, [FAR, FARTHER])
+    told: list[bytes | None] = []
+    table.when_local(x, told.append)
+    ((first, pull),) = out.take()
+    error = payload.system_error("ObjectStoreFullError", "no room")
+    table.transfers.pulls.on_pull_failed(m.PullFailed(x, pull.tag, 0, error), first)
+    ((second, pull),) = out.take()
+    assert {first, second} == {FAR, FARTHER}
+    table.transfers.pulls.on_pull_failed(m.PullFailed(x, pull.tag, 0), second)
+    assert told == [error]
+    assert not out.take(), "the home would only say the same"
+    assert state(table, x) == AWAY

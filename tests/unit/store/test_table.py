@@ -12,7 +12,7 @@ from hpcray import ids, payload
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import AWAY, GET, HERE, INLINE, MAPPED, Extent
+from hpcray.store.entry import AWAY, GET, HERE, INLINE, MAPPED, SPILLED, Extent
 from hpcray.store.memory import Block
 from hpcray.store.pulls import Done, Transfer
 from hpcray.store.table import ObjectTable
@@ -277,6 +277,36 @@ def test_the_view_of_an_argument_ends_with_the_task():
     assert cluster.workers
 
 
+def test_a_large_argument_of_a_task_that_has_failed_meanwhile_is_freed_once():
+    # x, y = fails.remote(), large.remote(); z = g.remote(x, y); del x, y           # another driver waits for the room
+    cluster = Cluster([2], arena_size=1 << 13)
+    driver, other = cluster.add_driver(), cluster.add_driver()
+    (y,) = driver.submit(cluster.template(driver, "large"))
+    cluster.run()
+    writer = cluster.worker_on(0)
+    (x,) = driver.submit(cluster.template(driver, "fails"))
+    cluster.run()
+    (failing,) = (worker for worker in cluster.running if worker is not writer)
+    (z,) = driver.submit(cluster.template(driver, "g"), [x, y])
+    driver.release([x, y])
+    cluster.run()
+    failing.finish(failed=True)
+    cluster.run()
+    writer.finish(large=True, size=6000)
+    cluster.deliver(("up", 0, writer.number))
+    first = other.put(size=4000, large=True)
+    cluster.deliver(("up", 0, other.number))
+    assert first not in cluster.ranks[0].core.table.entries, "it waits for room"
+    cluster.run()
+    second = other.put(size=4000, large=True)
+    cluster.run()
+    other.get([first, second])
+    driver.get([z])
+    cluster.run()
+    assert other.values.keys() == {first, second}
+    assert driver.errors.keys() == {z}
+
+
 def test_a_list_of_many_objects_that_hold_each_other_is_freed():
     # for _ in range(5000): ref = put([ref])
     cluster, driver = three_hosts()
@@ -521,6 +551,26 @@ def test_a_result_that_nobody_wants_any_more_is_let_go_of(table, out, kind):
         assert out.take() == [(FAR, m.Free([x]))]
     assert not table.entries
     assert table.memory.in_use == 0
+
+
+@pytest.mark.parametrize("kind", ["inline", "here", "away"])
+def test_an_object_whose_last_holder_lets_go_when_it_hears_of_it_is_freed_once(table, out, kind):
+    # g.remote(fails.remote(), x): when x exists, g has all its arguments, and fails at once
+    x = name(ME, 1)
+    table.references.create(x)
+    fetched = []
+    assert not table.when_exists(x, lambda: table.references.drop(x))
+    assert not table.when_local(x, fetched.append)
+    if kind == "inline":
+        table.set_inline(x, b"\0", [])
+    elif kind == "here":
+        table.set_here(x, write(table, x), [])
+    else:
+        table.set_away(x, FAR, 1024, [])
+    assert not table.entries
+    assert table.memory.in_use == 0
+    assert not out.receiving
+    assert [payload.describe_system_error(error)[0] for error in fetched] == ["ObjectLostError"]
 
 
 def test_memory_goes_back_when_the_last_view_is_gone(table):
@@ -891,3 +941,64 @@ def test_what_is_larger_than_the_arena_is_refused_in_the_same_turn(table):
     told = ask(table, SIZE + 64)
     table.end_turn(0.0)
     assert told == [None]
+
+
+def test_a_refusal_that_makes_another_ask_in_vain_is_news(table):
+    told = []
+    for number in (1, 2):  # the second is asked for when the first has ended
+        need(table, name(FAR, number), [FAR], SIZE * 2)
+        assert not table.when_local(name(FAR, number), told.append)
+    table.end_turn(0.0)
+    assert len(told) == 1
+    assert table.memory.has_news
+    table.end_turn(0.0)
+    assert len(told) == 2
+    assert not table.memory.has_news
+
+
+def test_without_patience_who_asks_again_at_once_is_told_in_the_next_turn(out):
+    table = ObjectTable(ME, Allocator(0, SIZE), out, patience=0.0)
+    write(table, name(ME, 1), SIZE)
+    told = []
+
+    def ask_again(block: Block | None) -> None:
+        told.append(block)
+        table.memory.reserve(name(ME, 2), SIZE, ask_again)
+
+    ask_again(None)
+    table.end_turn(0.0)
+    assert told == [None]
+    table.end_turn(0.1)
+    assert told == [None, None]
+    table.end_turn(0.1)
+    assert told == [None, None]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_task_whose_argument_is_on_disk_runs_if_nothing_else_happens(ranks):
+    # The room for it is asked for at the end of the turn, when the task is dispatched.
+    cluster = Cluster([1] * ranks, arena_size=1 << 13, store_timeout=5.0)
+    driver = cluster.add_driver()
+    objects = []
+    for _ in range(8):
+        objects.append(driver.put(size=2000, large=True))
+        cluster.run()
+    entries = cluster.ranks[0].core.table.entries
+    spilled = next(i for i in objects if entries[i].state == SPILLED)
+    driver.submit(on(cluster, driver, 0), [spilled])
+    cluster.run()
+    assert cluster.running
+
+
+def test_two_results_that_are_larger_than_the_drivers_arena_are_two_errors():
+    cluster = Cluster([0, 1], arena_size=[1 << 12, 1 << 14])
+    driver = cluster.add_driver()
+    refs = []
+    for _ in range(2):
+        refs += driver.submit(on(cluster, driver, 1))
+        cluster.run()
+        cluster.worker_on(1).finish(large=True, size=5000)
+        cluster.run()
+    driver.get(refs)
+    cluster.run()
+    assert driver.errors.keys() == {*refs}

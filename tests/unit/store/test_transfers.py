@@ -168,6 +168,31 @@ def test_an_object_larger_than_the_budget_is_fetched_alone(table, out):
     assert pulled(out) == [small]
 
 
+@pytest.mark.parametrize("source", [NEIGHBOUR, FAR])
+def test_what_the_end_of_a_fetch_starts_may_free_the_object_that_was_fetched(table, out, source):
+    # The next in the queue turns out to be lost, and the task that wanted both fails.
+    x, lost, filler = name(ME, 1), name(ME, 2), name(ME, 3)
+    for identifier, rank in ((x, source), (lost, FARTHER)):
+        table.references.create(identifier)
+        table.set_away(identifier, rank, SIZE, [])
+    assert not table.when_local(x, lambda _: None)
+    blocks: list[Block | None] = []
+    table.memory.reserve(filler, table.memory.largest_free, blocks.append)
+    assert not table.when_local(lost, lambda _: table.references.drop(x), PREFETCH)
+    table.transfers.on_copy_dropped(lost, FARTHER)
+    assert blocks[0] is not None
+    table.memory.abandon(blocks[0])
+    out.take()
+    if source == NEIGHBOUR:
+        table.transfers.pulls.on_mapped(m.ObjectMapped(x, 512, SIZE), NEIGHBOUR)
+        assert out.take() == [(NEIGHBOUR, m.UnmapObject(x)), (NEIGHBOUR, m.Free([x]))]
+    else:
+        out.arrive(x)
+        assert out.take() == [(FAR, m.Free([x]))]
+    assert table.entries.keys() == {lost}
+    assert table.memory.in_use == 0
+
+
 def test_an_object_is_fetched_once_however_many_want_it(table, out):
     x = name(FAR, 1)
     told = [need(table, x, [FAR], urgency) for urgency in (PREFETCH, ARGUMENT, GET)]
