@@ -10,8 +10,8 @@ class Client:
     """A driver or worker, as its raylet sees it."""
 
     __slots__ = (
-        "held", "is_driver", "job", "known", "mapped", "namespace", "number", "pid", "pins", "prefix", "reserved", "wanted",
-        "wants_logs", "watched", "worker",
+        "held", "is_driver", "job", "known", "mapped", "namespace", "number", "pid", "pins", "prefix", "reserved",
+        "reserving", "wanted", "wants_logs", "watched", "worker",
     )  # fmt: skip
 
     def __init__(self, number: int, prefix: bytes, *, is_driver: bool) -> None:
@@ -26,6 +26,8 @@ class Client:
         """References that it holds; each is one hold in the object table."""
         self.pins: dict[bytes, list[Block]] = {}
         """Memory that it looks at, a block as often as it was sent."""
+        self.reserving: set[bytes] = set()
+        """Objects for which it waits for memory."""
         self.reserved: dict[bytes, Block] = {}
         """Memory that it is writing."""
         self.wanted: set[bytes] = set()

@@ -368,6 +368,7 @@ class RayletCore:
         # What it waited for is not to be sent any more, let alone pinned for it.
         client.wanted.clear()
         client.watched.clear()
+        client.reserving.clear()
         if (worker := client.worker) is not None:
             actor, template = worker.actor, worker.template
             lost = self.pool.on_gone(worker)
@@ -425,17 +426,24 @@ class RayletCore:
             self.references.hold(inner)
 
     def _on_reserve(self, client: Client, message: m.Reserve) -> None:
+        def is_wanted() -> bool:
+            return message.id in client.reserving
+
         def then(block: Block | None) -> None:
+            if not is_wanted():
+                if block is not None:
+                    self.memory.abandon(block)
+                return
+            client.reserving.discard(message.id)
             if block is None:
                 error = payload.system_error("ObjectStoreFullError", self.table.why_full(message.size))
                 self._out.to_client(client, m.ReserveFailed(message.id, error))
-            elif client.number not in self.clients:
-                self.memory.abandon(block)
             else:
                 client.reserved[message.id] = block
                 self._out.to_client(client, m.Reserved(message.id, block.offset))
 
-        self.memory.reserve(message.id, message.size, then)
+        client.reserving.add(message.id)
+        self.memory.reserve(message.id, message.size, then, is_wanted)
 
     def _on_seal(self, client: Client, message: m.Seal) -> None:
         block = client.reserved.pop(message.id)

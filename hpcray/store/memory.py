@@ -7,7 +7,9 @@ Rules:
   3. Where there is no room, blocks without pins leave, those least recently looked at first: unused copies, then copies that
      others have too, then primary copies that are on disk as well. If that is not enough, the creator waits, and the keeper
      is told, once per turn, how much is waited for (`on_pressure`): it spills.
-  4. A creator waits until, for `patience` seconds, nothing has come free and no write to disk was begun that is still under
+  4. One that is not wanted any more (its client has died, its object was freed) leaves the queue in that turn: it is told
+     that there is no room, and nobody waits behind it.
+  5. A creator waits until, for `patience` seconds, nothing has come free and no write to disk was begun that is still under
      way; then it is told so. One that asks for more than the arena has is told at the end of the turn.
 
 Blocks in arenas of other ranks of this host are pinned here as well; the last pin on them goes back to that rank.
@@ -68,11 +70,14 @@ class Keeper(Protocol):
 class _Creator:
     """Somebody who waits for room."""
 
-    __slots__ = ("id", "since", "size", "then")
+    __slots__ = ("id", "is_wanted", "since", "size", "then")
 
-    def __init__(self, identifier: bytes, size: int, then: Callable[[Block | None], None]) -> None:
+    def __init__(
+        self, identifier: bytes, size: int, then: Callable[[Block | None], None], is_wanted: Callable[[], bool]
+    ) -> None:
         self.id = identifier
         self.size = size
+        self.is_wanted = is_wanted
         self.since = float("inf")
         """When it began to wait; known at the end of the turn."""
         self.then = then
@@ -166,13 +171,20 @@ class Memory:
 
     # ------------------------------------------------------------------------------------------------------------- room
     def reserve(
-        self, identifier: bytes, size: int, then: Callable[[Block | None], None], *, only_free: bool = False
+        self,
+        identifier: bytes,
+        size: int,
+        then: Callable[[Block | None], None],
+        is_wanted: Callable[[], bool] = lambda: True,
+        *,
+        only_free: bool = False,
     ) -> None:
         """Call `then` with memory for the object, at once or when there is room; with None if none comes.
 
-        That is not known before the end of the turn. With `only_free`, nothing else leaves for it, and it does not wait.
+        That is not known before the end of the turn; nor does one wait longer who is not wanted any more. With `only_free`,
+        nothing else leaves for it, and it does not wait.
         """
-        creator = _Creator(identifier, size, then)
+        creator = _Creator(identifier, size, then, is_wanted)
         if size > self._allocator.size or (only_free and (self._creators or self._allocator.largest_free < size)):
             self._refused.append(creator)
         elif not self._creators and (block := self._make_room(creator)) is not None:
@@ -188,6 +200,7 @@ class Memory:
         refused, self._refused = self._refused, []
         for creator in refused:
             creator.then(None)
+        self._dismiss(lambda creator: not creator.is_wanted())
         if self._creators:
             self._busy_since = self._keeper.on_pressure(sum(creator.size for creator in self._creators), now)
         if self._has_freed:
@@ -195,10 +208,16 @@ class Memory:
             self._freed_at = now
         for creator in self._creators:
             creator.since = min(creator.since, now)
-        late = [creator for creator in self._creators if self._is_late(creator, now)]
-        if late:
-            self._creators = deque(creator for creator in self._creators if not self._is_late(creator, now))
-            for creator in late:
+        self._dismiss(lambda creator: self._is_late(creator, now))
+
+    def _dismiss(self, is_meant: Callable[[_Creator], bool]) -> None:
+        kept: deque[_Creator] = deque()
+        dismissed: list[_Creator] = []
+        for creator in self._creators:
+            (dismissed if is_meant(creator) else kept).append(creator)
+        if dismissed:
+            self._creators = kept
+            for creator in dismissed:
                 creator.then(None)
             self._serve_creators()
 
@@ -232,6 +251,8 @@ class Memory:
     def _serve_creators(self) -> None:
         while self._creators:
             first = self._creators[0]
+            if not first.is_wanted():
+                return  # the end of the turn is near
             block = self._make_room(first)
             if block is None:
                 return

@@ -234,7 +234,9 @@ class Pulls:
                     self._end(pull)
                     continue
                 self._count(pull, pull.entry.size)
-                self._memory.reserve(pull.entry.id, pull.entry.size, partial(self._reserved, pull))
+                self._memory.reserve(
+                    pull.entry.id, pull.entry.size, partial(self._reserved, pull), partial(self._is_wanted, pull)
+                )
 
     def _may_start(self, pull: Pull) -> bool:
         size = pull.entry.size

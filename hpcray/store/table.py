@@ -394,8 +394,11 @@ class ObjectTable:
         is_prefetch = entry.urgency == PREFETCH
         assert extent is not None
 
+        def is_wanted() -> bool:
+            return self.entries.get(entry.id) is entry and entry.spilled is extent
+
         def with_room(block: Block | None) -> None:
-            if self.entries.get(entry.id) is not entry or entry.spilled is not extent:
+            if not is_wanted():
                 if block is not None:
                     self.memory.abandon(block)  # freed while it waited for room
             elif block is None and is_prefetch and entry.urgency < PREFETCH:
@@ -406,7 +409,7 @@ class ObjectTable:
                 self.spiller.restore(extent, block, lambda error: done(block, error))
 
         def done(block: Block, error: str | None) -> None:
-            if self.entries.get(entry.id) is not entry or entry.spilled is not extent:
+            if not is_wanted():
                 self.memory.abandon(block)
             elif error is None:
                 entry.state = HERE
@@ -416,7 +419,7 @@ class ObjectTable:
                 self.memory.abandon(block)
                 self._lose_spilled(entry, error)
 
-        self.memory.reserve(entry.id, entry.size, with_room, only_free=is_prefetch)
+        self.memory.reserve(entry.id, entry.size, with_room, is_wanted, only_free=is_prefetch)
 
     def _lose_spilled(self, entry: Entry, why: str) -> None:
         error = payload.system_error("ObjectLostError", _unreadable_text(entry.id, why), entry.id.hex())

@@ -156,6 +156,24 @@ def test_an_object_that_is_freed_while_it_is_read_back_gives_its_memory_back(tab
     assert table.memory.in_use == 0
 
 
+def test_nobody_waits_behind_an_object_that_was_freed_before_there_was_room_to_read_it_back(table, out):
+    (spilled, *_) = fill(table)
+    spill_all(table, out)
+    for number in range(10, 13):
+        table.memory.pin(table.entries[put(table, number)].block)
+    told = ask_for(table, 512)
+    assert len(told) == 1
+    table.when_local(spilled, lambda _: None)
+    told = ask_for(table, 512)
+    table.end_turn(0.0)
+    assert told == []
+    table.references.drop(spilled)
+    table.end_turn(0.1)
+    assert len(told) == 1
+    assert told[0] is not None
+    assert not out.reading
+
+
 def test_an_object_that_cannot_be_read_becomes_an_error_that_says_why(table, out):
     ids = fill(table)
     spill_all(table, out)

@@ -937,6 +937,40 @@ def test_when_the_time_of_a_large_request_is_over_those_behind_it_are_served(tab
     assert small[0] is not None
 
 
+def test_nobody_waits_behind_a_request_of_a_client_that_has_died():
+    cluster = Cluster([1], arena_size=1 << 13, store_timeout=50.0)
+    driver, other = cluster.add_driver(), cluster.add_driver()
+    x = driver.put(size=5000, large=True)
+    cluster.run()
+    driver.get([x])
+    cluster.run()
+    other.put(size=6000, large=True)
+    cluster.run()
+    y = driver.put(size=1000, large=True)
+    cluster.run()
+    entries = cluster.ranks[0].core.table.entries
+    assert y not in entries
+    cluster.kill(other)
+    cluster.run()
+    assert y in entries
+
+
+def test_nobody_waits_behind_a_fetch_whose_object_was_freed(table, out):
+    x, filler = name(ME, 1), name(ME, 2)
+    write(table, filler, SIZE // 2)
+    table.references.create(x)
+    table.set_away(x, FAR, SIZE, [])
+    assert not table.when_local(x, lambda _: None)
+    told = ask(table, 64)
+    table.end_turn(0.0)
+    assert told == []
+    table.references.drop(x)
+    table.end_turn(0.1)
+    assert len(told) == 1
+    assert told[0] is not None
+    assert not out.receiving
+
+
 def test_what_is_larger_than_the_arena_is_refused_in_the_same_turn(table):
     told = ask(table, SIZE + 64)
     table.end_turn(0.0)
