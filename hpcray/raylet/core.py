@@ -798,6 +798,8 @@ class RayletCore:
                 tasks.place()
             if pool.has_work:
                 pool.dispatch(now)
+            if self.memory.stands_still:
+                pool.arguments.make_way()
             if pool.end_idle_leases() and (pool.ready or tasks.queues):
                 continue  # what they held may be just what others wait for
             self._report_load()

@@ -169,6 +169,8 @@ class Pulls:
             self.pump()
         elif pull.tag:
             self._out.send(pull.source, m.HastenPull(pull.tag, urgency))
+        else:
+            self._memory.hasten(identifier, urgency)
 
     # ------------------------------------------------------------------------------------------------------ where from
     def is_mappable(self, entry: Entry) -> bool:
@@ -227,24 +229,36 @@ class Pulls:
         for queue in self._queues:
             while queue:
                 pull = next(iter(queue.values()))
-                if self._is_wanted(pull) and not self._may_start(pull):
+                is_wanted = self._is_wanted(pull)
+                if is_wanted and not self._may_start(pull):
                     return
                 del queue[pull.entry.id]
-                if not self._is_wanted(pull):
+                if is_wanted:
+                    self._reserve(pull)
+                else:
                     self._end(pull)
-                    continue
-                self._count(pull, pull.entry.size)
-                self._memory.reserve(
-                    pull.entry.id, pull.entry.size, partial(self._reserved, pull), partial(self._is_wanted, pull)
-                )
 
     def _may_start(self, pull: Pull) -> bool:
-        size = pull.entry.size
-        if pull.urgency == PREFETCH and (self._memory.is_waited_for or self._memory.largest_free < size):
+        size, urgency = pull.entry.size, pull.urgency
+        if urgency == PREFETCH and not self._memory.has_free(size):
             return False
-        before = sum(self._under_way[: pull.urgency + 1])
-        is_one_of_many = sum(self._number_under_way[: pull.urgency + 1]) >= MOST
-        return not before or (before + size <= self.budget and not is_one_of_many)
+        before, number = sum(self._under_way[: urgency + 1]), sum(self._number_under_way[: urgency + 1])
+        if number and self._memory.stands_still:
+            # Those that only wait for room keep no other waiting, which may fit and be what they wait for.
+            receiving = [p.counted for p in self._pulls.values() if p.block is not None and p.urgency <= urgency]
+            before, number = sum(receiving), len(receiving)
+        return not number or (before + size <= self.budget and number < MOST)
+
+    def _reserve(self, pull: Pull) -> None:
+        size = pull.entry.size
+        self._count(pull, size)
+        self._memory.reserve(
+            pull.entry.id,
+            size,
+            partial(self._reserved, pull),
+            partial(self._is_wanted, pull),
+            urgency=pull.urgency,
+        )
 
     def _count(self, pull: Pull, size: int) -> None:
         """From now on it counts for so many bytes: 0 if it is not under way."""

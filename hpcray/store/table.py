@@ -156,6 +156,8 @@ class ObjectTable:
                 self._ask_home(entry)
         elif entry.state == AWAY and not entry.is_stranded:
             self.transfers.fetch(entry)  # it is on its way, but may be wanted more urgently now
+        elif entry.state == SPILLED:
+            self.memory.hasten(identifier, entry.urgency)
         entry.fetchers.append(action)
         return False
 
@@ -419,7 +421,7 @@ class ObjectTable:
                 self.memory.abandon(block)
                 self._lose_spilled(entry, error)
 
-        self.memory.reserve(entry.id, entry.size, with_room, is_wanted, only_free=is_prefetch)
+        self.memory.reserve(entry.id, entry.size, with_room, is_wanted, urgency=entry.urgency, only_free=is_prefetch)
 
     def _lose_spilled(self, entry: Entry, why: str) -> None:
         error = payload.system_error("ObjectLostError", _unreadable_text(entry.id, why), entry.id.hex())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -156,6 +157,119 @@ def test_a_prefetched_argument_that_made_room_for_something_else_is_fetched_agai
     cluster.run()
     assert here.block is None  # it made room
     assert core.pool.arguments.count_missing(template) + len(core.pool.ready.get(template, ())) == 1
+
+
+def spilled_puts(cluster: Cluster, process: Process, *sizes: int) -> list[bytes]:
+    """Objects that do not fit into the driver's store together, put one after the other."""
+    refs = []
+    for size in sizes:
+        refs.append(put(cluster, process, size))
+        for _ in range(3):
+            cluster.advance(1.0)
+            cluster.run()
+    return refs
+
+
+def seconds_until(cluster: Cluster, is_over: Callable[[], bool]) -> int:
+    """How long nothing happens before it is over."""
+    for waited in range(100):
+        cluster.run()
+        if is_over():
+            return waited
+        cluster.advance(1.0)
+    raise AssertionError("it is never over")
+
+
+@pytest.mark.parametrize("later", [0, 10])
+def test_a_result_does_not_wait_behind_arguments_that_wait_for_its_task(later):
+    cluster, driver = two_hosts(2)
+    template = on_1(cluster, driver)
+    x, y = spilled_puts(cluster, driver, 8000, 10_000)
+    (first,) = driver.submit(template, [x])
+    cluster.run()
+    (worker,) = cluster.running
+    (second,) = driver.submit(template, [y])
+    cluster.run()
+    assert len(cluster.running) == 1
+    for _ in range(later):
+        cluster.advance(1.0)
+        cluster.run()
+    worker.finish(size=3000, large=True)
+    driver.watch([first])
+    assert seconds_until(cluster, lambda: first in driver.ready) == 0
+    finish_all(cluster)
+    driver.get([first, second])
+    cluster.run()
+    assert not driver.errors
+    release_all(cluster)
+
+
+def test_a_get_does_not_wait_behind_arguments_that_wait_for_its_task():
+    cluster, driver = two_hosts(2)
+    template = on_1(cluster, driver)
+    x, z, y = spilled_puts(cluster, driver, 8000, 3000, 10_000)
+    (first,) = driver.submit(template, [x], nested=[z])
+    cluster.run()
+    (worker,) = cluster.running
+    (second,) = driver.submit(template, [y])
+    cluster.run()
+    worker.get([z])
+    assert seconds_until(cluster, lambda: z in worker.values) == 0
+    finish_all(cluster)
+    driver.get([first, second])
+    cluster.run()
+    assert not driver.errors
+    release_all(cluster)
+
+
+def test_a_result_does_not_wait_for_ever_for_room_that_arguments_have_pinned():
+    # The second task's first argument is here, its second has no room before the first task ends, which needs some for its result.
+    cluster, driver = two_hosts(2)
+    template = on_1(cluster, driver)
+    x, y, z = spilled_puts(cluster, driver, 4000, 7000, 6000)
+    (first,) = driver.submit(template, [x])
+    cluster.run()
+    (worker,) = cluster.running
+    (second,) = driver.submit(template, [y, z])
+    cluster.run()
+    assert len(cluster.running) == 1
+    worker.finish(size=8000, large=True)
+    driver.watch([first])
+    assert seconds_until(cluster, lambda: first in driver.ready) <= 2
+    assert seconds_until(cluster, lambda: bool(cluster.running)) <= 2
+    finish_all(cluster)
+    driver.get([first, second])
+    cluster.run()
+    assert not driver.errors
+    release_all(cluster)
+
+
+def test_an_argument_in_the_middle_of_the_memory_is_no_obstacle_to_the_others():
+    cluster, driver = two_hosts(1)
+    table = cluster.ranks[1].core.table
+    blocks: list[Any] = []
+    table.memory.reserve(b"before it", 5120, blocks.append)
+    x, y = spilled_puts(cluster, driver, 5000, 8000)
+    work = [bundle_of(cluster, ref, template) for ref, template in ((x, b"x"), (y, b"y"))]
+    work[1].dependencies[:0] = work[0].dependencies
+    dependencies = arguments(cluster)
+    told: list[Work] = []
+    assert not dependencies.add(work[0], lambda: told.append(work[0]))
+    dependencies.activate(lambda template: int(template == b"x"))
+    cluster.ranks[1].end_turn()
+    cluster.run()
+    assert told == [work[0]]
+    assert not dependencies.add(work[1], lambda: told.append(work[1]))
+    dependencies.activate(lambda template: int(template == b"y"))
+    cluster.ranks[1].end_turn()
+    table.memory.abandon(blocks[0])
+    assert table.entries[x].block.pins
+    assert table.memory.largest_free < 8000
+    assert seconds_until(cluster, lambda: told[-1] is work[1]) <= 2
+    for each in work:
+        dependencies.release(each)
+    cluster.ranks[1].end_turn()
+    release_all(cluster)
 
 
 def bundle_of(cluster: Cluster, identifier: bytes, template: bytes) -> Work:
