@@ -12,7 +12,8 @@ Rules:
   4. One that is not wanted any more (its client has died, its object was freed) leaves the queue in that turn: it is told
      that there is no room, and nobody waits behind it.
   5. A creator waits until, for `patience` seconds, no more has come free than was before, nobody was served in turn and no write
-     to disk was begun that is still under way; then it is told so. One that asks for more than the arena has is told at the end of the turn.
+     to disk was begun that is still under way; then it is told so. One that asks for more than the arena has is told at the end
+     of the turn.
 
 Blocks in arenas of other ranks of this host are pinned here as well; the last pin on them goes back to that rank.
 """
@@ -28,10 +29,9 @@ from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
 
-
 STANDSTILL = 1.0
-"""Seconds without anything coming free, after which the first creator is overtaken: tasks that end do so more often where the
-order matters, and a rank that waits for itself shall not wait for long."""
+"""Seconds without anything coming free, after which the first creator is overtaken: long for tasks that come and go, short for
+those who wait in a circle."""
 
 
 class Block:

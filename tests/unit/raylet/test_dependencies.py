@@ -223,7 +223,7 @@ def test_a_get_does_not_wait_behind_arguments_that_wait_for_its_task():
 
 
 def test_a_result_does_not_wait_for_ever_for_room_that_arguments_have_pinned():
-    # The second task's first argument is here, its second has no room before the first task ends, which needs some for its result.
+    # One of the second task's arguments is here, the other has no room before the first task ends, which needs some itself.
     cluster, driver = two_hosts(2)
     template = on_1(cluster, driver)
     x, y, z = spilled_puts(cluster, driver, 4000, 7000, 6000)
