@@ -166,7 +166,7 @@ class RayletCore:
             m.CopyAdded: lambda rank, x: self.transfers.on_copy_added(x, rank),
             m.CopyDropped: lambda rank, x: self.transfers.on_copy_dropped(x.id, rank), m.Free: self._on_free,
             m.Pull: lambda rank, x: self.transfers.on_pull(x, rank),
-            m.MapObject: lambda rank, x: self.transfers.on_map(x.id, rank),
+            m.MapObject: lambda rank, x: self.transfers.on_map(x.id, rank, x.urgency),
             m.ObjectMapped: lambda rank, x: self.transfers.pulls.on_mapped(x, rank),
             m.UnmapObject: lambda rank, x: self.transfers.on_unmap(x.id, rank),
             m.RecallMapping: lambda rank, x: self.table.on_recall(x.id, rank),

@@ -86,7 +86,7 @@ class Receiver(Protocol):
 class Server(Protocol):
     """Who serves others with what comes here."""
 
-    def on_map(self, identifier: bytes, mapper: int) -> None:
+    def on_map(self, identifier: bytes, mapper: int, urgency: int) -> None:
         """The object that this rank of the host waits to map is here."""
 
     def on_given_up(self, block: Block) -> None:
@@ -167,8 +167,8 @@ class Pulls:
         if is_queued:
             self._queues[urgency][identifier] = pull
             self.pump()
-        elif pull.tag:
-            self._out.send(pull.source, m.HastenPull(pull.tag, urgency))
+        elif pull.tag or pull.is_mapping:
+            self._out.send(pull.source, m.HastenPull(identifier, pull.tag, urgency))
         else:
             self._memory.hasten(identifier, urgency)
 
@@ -212,7 +212,7 @@ class Pulls:
         pull.source = neighbour
         pull.via = NOBODY
         pull.is_mapping = True
-        self._out.send(neighbour, m.MapObject(pull.entry.id))
+        self._out.send(neighbour, m.MapObject(pull.entry.id, pull.urgency))
 
     # ------------------------------------------------------------------------------------------------------------ queue
     def pump(self) -> None:
@@ -327,7 +327,7 @@ class Pulls:
         self._end(pull)
         self._receiver.on_arrived(entry)
         for mapper in mappers:
-            self._server.on_map(entry.id, mapper)
+            self._server.on_map(entry.id, mapper, pull.urgency)
 
     def _end(self, pull: Pull) -> None:
         """It is under way no more, whatever came of it."""

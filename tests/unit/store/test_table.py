@@ -785,7 +785,7 @@ def test_ranks_of_one_host_map_instead_of_transferring(table, out):
     told = []
     need(table, x, [FAR, NEIGHBOUR])
     table.when_local(x, lambda _: told.append(1))
-    assert out.take() == [(NEIGHBOUR, m.MapObject(x))]
+    assert out.take() == [(NEIGHBOUR, m.MapObject(x, GET))]
     table.transfers.pulls.on_mapped(m.ObjectMapped(x, 512, 1024), NEIGHBOUR)
     assert told == [1]
     assert out.take() == [(NEIGHBOUR, m.CopyAdded(x, mapped=True))]
@@ -815,7 +815,7 @@ def test_what_a_neighbour_maps_stays_until_it_unmaps_it(table, out):
     table.references.create(x)
     block = write(table, x)
     table.set_here(x, block, [])
-    table.transfers.on_map(x, NEIGHBOUR)
+    table.transfers.on_map(x, NEIGHBOUR, GET)
     assert out.take() == [(NEIGHBOUR, m.ObjectMapped(x, block.offset, 1024))]
     table.transfers.on_copy_added(m.CopyAdded(x, mapped=True), NEIGHBOUR)
     table.references.drop(x)
@@ -828,7 +828,7 @@ def test_what_a_neighbour_maps_stays_until_it_unmaps_it(table, out):
 def test_what_is_not_here_can_be_neither_pulled_nor_mapped(table, out):
     x = name(ME, 1)
     table.transfers.on_pull(m.Pull(x, 5, GET, -1, 0), FAR)
-    table.transfers.on_map(x, NEIGHBOUR)
+    table.transfers.on_map(x, NEIGHBOUR, GET)
     assert out.take() == [(FAR, m.PullFailed(x, 5, 0)), (NEIGHBOUR, m.PullFailed(x, 0, 0))]
 
 
