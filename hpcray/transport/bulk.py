@@ -42,7 +42,7 @@ class Filling(Protocol):
 class Receive:
     """A transfer that comes here."""
 
-    __slots__ = ("_chunks", "_posted", "buffer", "end", "error", "filling", "on_done", "peer", "start", "tag")
+    __slots__ = ("_chunks", "_posted", "buffer", "end", "error", "filling", "on_done", "peer", "tag")
 
     def __init__(
         self, peer: int, tag: int, buffer: memoryview, on_done: OnDone, filling: Filling | None = None
@@ -52,7 +52,6 @@ class Receive:
         self.buffer = buffer.cast("B")
         self.on_done = on_done
         self.filling = filling
-        self.start = filling.size if filling is not None else 0
         self.end = len(self.buffer)
         self.error: str | None = None
         self._posted = 0
@@ -62,29 +61,29 @@ class Receive:
         """Retire chunks that are here, post receives for others; say whether any was retired."""
         chunks, moved = self._chunks, False
         while chunks and chunks[0][0].Test():
-            _, end = chunks.popleft()
+            _, size = chunks.popleft()
             moved = True
             if self.filling is not None:
-                self.filling.size = self.start + end
+                self.filling.size += size
         while len(chunks) < CHUNKS_IN_FLIGHT and self._posted < self.end:
             chunk = self.buffer[self._posted : self._posted + CHUNK_SIZE]
             request = comm.Irecv((chunk, MPI.BYTE), self.peer, self.tag)
             self._posted += len(chunk)
-            chunks.append((request, self._posted))
+            chunks.append((request, len(chunk)))
         return moved
 
     @property
     def is_done(self) -> bool:
-        return not self._chunks and self._posted == self.end
+        return not self._chunks and self._posted >= self.end
 
     def shorten(self, size: int, error: str) -> None:
-        """No more than `size` bytes will come: take back the receives of the rest."""
+        """No more than `size` bytes will come: take back the receives of the rest. Of a sender that died more may be here."""
         self.error = error
         self.end = min(size, self.end)
-        while self._chunks and self._chunks[-1][1] > self.end:
-            request, end = self._chunks.pop()
+        while self._chunks and self._posted > self.end:
+            request, posted = self._chunks.pop()
             cancel(request)
-            self._posted = end - CHUNK_SIZE if end % CHUNK_SIZE == 0 else end - end % CHUNK_SIZE
+            self._posted -= posted
 
     def abandon(self) -> list[MPI.Request]:
         """Forget the receives; what is posted is the caller's."""

@@ -10,7 +10,7 @@ import pytest
 from mpi4py import MPI  # noqa: F401
 
 from hpcray.store.pulls import Filling
-from hpcray.transport.bulk import CHUNK_SIZE, CHUNKS_IN_FLIGHT, Bulk, Send
+from hpcray.transport.bulk import CHUNK_SIZE, CHUNKS_IN_FLIGHT, Bulk, Receive, Send
 from hpcray.transport.frames import Frames
 
 from .test_transport import Rank, rank  # noqa: F401
@@ -194,6 +194,8 @@ class Request:
     def Start(self) -> None:  # noqa: N802
         pass
 
+    Cancel = Wait = Free = Start
+
 
 class Bells:
     def wake(self, peer: int) -> None:
@@ -214,3 +216,16 @@ def test_a_large_frame_that_follows_another_may_leave_together_with_a_transfer()
     while bulk.is_active:
         bulk.progress()
     assert not frames._peers[1].large_out
+
+
+def test_what_has_come_of_a_transfer_whose_sender_died_does_not_keep_it_waiting():
+    comm: Any = Comm()
+    bulk = Bulk(comm)
+    done: list[str | None] = []
+    bulk.receive(Receive(1, 20, memoryview(bytearray(SIZE)), done.append))
+    comm.is_through = True
+    bulk.progress()
+    assert not done
+    bulk.end_receive(1, 20, 0, "it died")
+    assert done == ["it died"]
+    assert not bulk.is_active
