@@ -244,6 +244,35 @@ def test_a_result_does_not_wait_for_ever_for_room_that_arguments_have_pinned():
     release_all(cluster)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_two_ranks_that_need_what_the_other_has_on_disk_do_not_wait_for_each_other_for_long(seed):
+    # Each has one argument of its task here, and has room for just one more: what comes, or what the other wants.
+    cluster, driver = two_hosts(1)
+    templates = [cluster.template(driver, f"f{rank}", node=rank) for rank in range(2)]
+    own: list[list[bytes]] = [[], []]
+    for _ in range(3):
+        own[0] += spilled_puts(cluster, driver, 7000)
+        own[1] += driver.submit(templates[1])
+        cluster.run()
+        cluster.worker_on(1).finish(size=7000, large=True)
+        for _ in range(3):
+            cluster.advance(1.0)
+            cluster.run()
+    refs = driver.submit(templates[1], [own[1][2], own[0][0]]) + driver.submit(templates[0], [own[0][2], own[1][0]])
+    order = Random(seed).choice
+    ran: list[bytes] = []
+    waited = 0
+    while len(ran) < len(refs):
+        ran += finish_all(cluster, order)
+        cluster.advance(1.0)
+        waited += 1
+    assert waited <= 5
+    driver.get(refs)
+    cluster.run()
+    assert not driver.errors
+    release_all(cluster)
+
+
 def test_an_argument_in_the_middle_of_the_memory_is_no_obstacle_to_the_others():
     cluster, driver = two_hosts(1)
     table = cluster.ranks[1].core.table
