@@ -28,12 +28,13 @@ _ORIGINS = {
     "get_runtime_context": "hpcray.runtime_context",
     "ObjectRef": "hpcray.object_ref",
 }
-_MODULES = ("exceptions", "runtime_context")
+_MODULES = ("exceptions", "runtime_context", "runtime_env", "util")
 
 __all__ = [*_ORIGINS, "exceptions", "__version__"]
 
 if TYPE_CHECKING:
     from hpcray import exceptions as exceptions
+    from hpcray import runtime_env as runtime_env
     from hpcray.actors.actor_class import method as method
     from hpcray.api import (
         available_resources as available_resources,

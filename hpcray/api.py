@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import inspect
+import math
 import os
 import platform
 import sys
@@ -26,12 +27,14 @@ from hpcray.observe.logs import LogFolder
 from hpcray.options import check_actor_options, check_task_options
 from hpcray.protocol import messages as m
 from hpcray.remote_function import RemoteFunction
+from hpcray.runtime_context import gpu_ids
+from hpcray.runtime_env import parse
 from hpcray.worker.inspection import explain
 from hpcray.worker.serialization import serialize
 
 _IGNORED_BY_INIT = frozenset(
     {"include_dashboard", "dashboard_host", "dashboard_port", "configure_logging", "logging_level",
-     "logging_format", "logging_config", "job_config", "runtime_env", "labels", "local_mode"}
+     "logging_format", "logging_config", "job_config", "local_mode"}
 )  # fmt: skip
 """Parameters of Ray's `init` that have no meaning in an MPI job; programs that pass them run all the same."""
 MINIMUM_STORE = 16 << 20
@@ -80,8 +83,10 @@ def init(
     num_cpus: float | None = None,
     num_gpus: float | None = None,
     resources: Mapping[str, float] | None = None,
+    labels: Mapping[str, str] | None = None,
     object_store_memory: int | None = None,
     namespace: str | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
     log_to_driver: bool = True,
     ignore_reinit_error: bool = False,
     **ray_only: Any,
@@ -96,16 +101,19 @@ def init(
         address: None for the above, "local" to start a job here, "auto" or a job's address to attach to a
             running one.
         num_cpus: CPUs of the job that is started here (default: what this process may use).
-        num_gpus: GPUs likewise.
+        num_gpus: GPUs likewise (default: what it sees).
         resources: Custom resources likewise.
+        labels: Labels of its nodes likewise.
         object_store_memory: Bytes of each rank's object store likewise.
         namespace: Where this driver's named actors are found (default: one of its own).
+        runtime_env: What the workers of this driver's tasks and actors are set up with; see `hpcray.runtime_env`.
         log_to_driver: Whether what workers print appears here.
         ignore_reinit_error: Return the present job's context instead of raising where there is one.
 
     Raises:
         RuntimeError: There is a connection already, or an argument is unknown.
-        ValueError: An amount is negative, the object store larger than the memory, or an address is none.
+        ValueError: An amount is negative, the object store larger than the memory, more GPUs were asked for than this process
+            may use, a label or address is none, or the runtime environment cannot be had.
         ConnectionError: No running job was found to attach to.
     """
     if unknown := sorted(set(ray_only) - _IGNORED_BY_INIT):
@@ -118,10 +126,12 @@ def init(
             "init() was called twice: pass ignore_reinit_error=True if that is intended, or call "
             "hpcray.shutdown() first"
         )
-    _check_init(num_cpus, num_gpus, resources, object_store_memory, namespace)
+    _check_init(num_cpus, num_gpus, resources, labels, object_store_memory, namespace)
+    environment = parse(runtime_env) if runtime_env else {}
     from hpcray.launcher.connect import Wish, connect
 
-    wish = Wish(address, num_cpus, num_gpus, dict(resources or {}), object_store_memory)
+    gpus = None if num_gpus is None else int(num_gpus)
+    wish = Wish(address, num_cpus, gpus, dict(resources or {}), dict(labels or {}), object_store_memory)
     connection = connect(wish)
     client = Client(connection.sock, is_driver=True)
     log_printer = _LogPrinter()
@@ -132,6 +142,7 @@ def init(
             [str(Path(path).absolute()) for path in sys.path],
             log_to_driver=log_to_driver and connection.log_to_driver,
         )
+        client.environments.enter(client, environment)
     except BaseException:
         client.close()
         connection.end()
@@ -147,24 +158,24 @@ def _check_init(
     num_cpus: Any,
     num_gpus: Any,
     resources: Any,
+    labels: Any,
     object_store_memory: int | None,
     namespace: str | None,
 ) -> None:
+    from hpcray.launcher.options import check_labels, check_resources
+
     for name, amount in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
         if amount is None:
             continue
         if isinstance(amount, bool) or not isinstance(amount, (int, float)):
             raise TypeError(f"{name} must be a number, not {amount!r}")
-        if amount < 0 or amount != int(amount):
+        if not math.isfinite(amount) or amount < 0 or amount != int(amount):
             resource = name.removeprefix("num_")[:-1].upper()
             raise ValueError(f"{name} (the resource {resource}) must be a whole number, nonnegative, not {amount!r}")
-    if resources is not None and not isinstance(resources, Mapping):
-        raise TypeError(f"resources must map names to numbers, not be {resources!r}")
-    for name, amount in (resources or {}).items():
-        if name in ("CPU", "GPU"):
-            raise ValueError(f"use num_{name.lower()}s= instead of {name!r} in resources")
-        if not isinstance(amount, (int, float)) or amount < 0:
-            raise ValueError(f"the amount of resource {name!r} must be nonnegative, not {amount!r}")
+    for name, mapping, check in (("resources", resources, check_resources), ("labels", labels, check_labels)):
+        if mapping is not None and not isinstance(mapping, Mapping):
+            raise TypeError(f"{name} must be a mapping, not {mapping!r}")
+        check(mapping or {})
     if object_store_memory is not None and object_store_memory < MINIMUM_STORE:
         raise ValueError(
             f"object_store_memory={object_store_memory} is too small: it takes at least {MINIMUM_STORE} bytes"
@@ -279,11 +290,9 @@ def _check_known_to_any(options: Mapping[str, Any]) -> None:
 
 def _make_remote(target: Any, options: Mapping[str, Any]) -> RemoteFunction | ActorClass:
     if inspect.isfunction(target):
-        check_task_options(options)
-        return RemoteFunction(target, options)
+        return RemoteFunction(target, check_task_options(options))
     if inspect.isclass(target):
-        check_actor_options(options)
-        return ActorClass(target, options)
+        return ActorClass(target, check_actor_options(options))
     raise TypeError(f"@hpcray.remote must be applied to either a function or a class, not {target!r}")
 
 
@@ -456,6 +465,10 @@ def available_resources() -> dict[str, float]:
     return answer
 
 
-def get_gpu_ids() -> list[str]:
-    """Ids of the GPUs that this worker may use."""
-    return hpcray.get_runtime_context().get_accelerator_ids()["GPU"]
+def get_gpu_ids() -> list[str | int]:
+    """Ids of the GPUs that the running task or actor was given, as in CUDA_VISIBLE_DEVICES; none in a driver.
+
+    They are UUIDs where a driver tells them, else what that variable named when the rank started, and numbers (from 0) where
+    there is nothing but the number of GPUs that the rank was asked to offer.
+    """
+    return gpu_ids()

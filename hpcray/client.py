@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,12 @@ import msgspec
 
 import hpcray
 from hpcray import ids, payload
+from hpcray.environments.wanted import Environments
 from hpcray.exceptions import GetTimeoutError, RaySystemError
 from hpcray.lanes import CallerLanes
 from hpcray.object_ref import ObjectRef, adopt_for, counted
 from hpcray.protocol import messages as m
-from hpcray.protocol.codec import LENGTH_SIZE, decode_from_raylet, split_stream, stream_frame
+from hpcray.protocol.codec import LENGTH_SIZE, decode_from_raylet, prefixed, split_stream, stream_frame
 from hpcray.store.arena import Arena
 from hpcray.worker.lanes import ServedLanes
 from hpcray.worker.serialization import Serialized, deserialize, load_error
@@ -64,6 +65,14 @@ def _count_generation() -> None:
 
 
 os.register_at_fork(after_in_child=_count_generation)
+
+
+class EnvironmentAsked(Exception):
+    """In workers: the first work is of a runtime environment, to be entered before anything else is looked at."""
+
+    def __init__(self, template: m.Template) -> None:
+        super().__init__(template.name)
+        self.template = template
 
 
 class _Stored:
@@ -96,11 +105,17 @@ class Client:
         self.namespace = ""
         self.inline_limit = 0
         self.prefix = b""
+        self.environments = Environments()
         self.templates: dict[bytes, m.Template] = {}
         self.blobs: dict[bytes, bytes] = {}
         self.inbox: deque[m.Run] = deque()
         self.exit_asked = False
+        self._gpus: m.AssignGpus | None = None
+        self._tokens = -1
+        """In workers: the right to start what was sent behind another task, see `raylet/pool.py`."""
         self.on_log: Callable[[m.LogLines], None] = lambda _lines: None
+        self.on_gpus: Callable[[m.AssignGpus], None] = lambda _gpus: None
+        self.on_cpus: Callable[[m.BindCpus], None] = lambda _cpus: None
         self.before_blocking: Callable[[], None] = lambda: None
         """In workers: hand back what was not started; called before and while user code waits."""
         self.is_closed = False
@@ -149,12 +164,16 @@ class Client:
         """Coming returns that threads wait for in `get`: to be asked for if they turn out to be large."""
         self._fetching = 0
         """Threads that wait for copies on this node in `wait`."""
-        self._reservations: dict[bytes, int | bytes] = {}
+        self._reservations: dict[bytes, int | bytes | None] = {}
+        """Objects for which memory was asked: None, then the offset, or the error that there is none."""
         self._answers: dict[int, m.Answer] = {}
         self._futures: dict[bytes, list[concurrent.futures.Future[Any]]] = {}
         self._defined: set[bytes] = set()
         self._arenas: dict[int, Arena] = {}
         self._refusal: str | None = None
+        self._registered: m.Registered | None = None
+        self._unread = b""
+        """Frames that came after the one that had a runtime environment entered."""
         self._handlers: dict[type, Callable[[Any], None]] = {
             m.InlineObject: self._on_inline_object, m.StoredObject: self._on_stored_object, m.Run: self._on_run,
             m.Ready: self._on_ready, m.Reserved: self._on_reserved, m.ReserveFailed: self._on_reserve_failed,
@@ -162,7 +181,8 @@ class Client:
             m.Registered: self._on_registered, m.Refused: self._on_refused, m.MapArena: self._on_map_arena,
             m.LogLines: lambda lines: self.on_log(lines), m.Exit: self._on_exit, m.Exists: self._on_exists,
             m.LaneOpened: self._on_lane_opened, m.LaneClosed: self._on_lane_closed, m.LaneWanted: self._on_lane_wanted,
-            m.ServeLane: self._on_serve_lane,
+            m.ServeLane: self._on_serve_lane, m.AssignGpus: self._on_assign_gpus,
+            m.BindCpus: lambda message: self.on_cpus(message), m.Recalled: self._on_recalled,
         }  # fmt: skip
 
     def register(self, namespace: str, sys_path: list[str], *, log_to_driver: bool) -> None:
@@ -320,15 +340,17 @@ class Client:
             self._counter += 1
             return ids.task_id(self.prefix, self._counter)
 
-    def submit(self, message: m.Submit | m.Call | m.CreateActor, returns: Sequence[bytes]) -> list[ObjectRef[Any]]:
-        """Send a task or call; the references of its returns."""
+    def submit(
+        self, message: m.Submit | m.Call | m.CreateActor | m.AwaitPlacementGroup, returns: Sequence[bytes]
+    ) -> list[ObjectRef[Any]]:
+        """Send what makes objects; the references of these."""
         with self._lock:
             counts = self._counts
             for identifier in returns:
                 counts[identifier] = 1
             if self.is_driver and not isinstance(message, m.CreateActor):
                 self._coming.update(returns)
-                if not self._lanes.take(message, returns):
+                if isinstance(message, m.AwaitPlacementGroup) or not self._lanes.take(message, returns):
                     self._send_locked(message)
             else:
                 self._send_locked(message)
@@ -381,12 +403,21 @@ class Client:
 
     def write_to_arena(self, identifier: bytes, value: Serialized) -> None:
         """Reserve memory for a large object and copy it there; whoever calls this tells the raylet that it is written."""
-        self.send(m.Reserve(identifier, value.size))
-        self.wait_until(lambda: identifier in self._reservations, None)
-        offset = self._reservations.pop(identifier)
+        self._reservations[identifier] = None
+        try:
+            self.send(m.Reserve(identifier, value.size))
+            self.wait_until(lambda: self._reservations[identifier] is not None, None)
+            offset = self._reservations[identifier]
+            if isinstance(offset, int):
+                self._arenas[self.rank].write(offset, value.parts)
+        except BaseException:
+            # Ctrl-C, or the kernel has no page to give. The memory, come or still to come, would be kept for ever.
+            self.send(m.Unreserve(identifier))
+            raise
+        finally:
+            del self._reservations[identifier]
         if isinstance(offset, bytes):
             raise load_error(offset)
-        self._arenas[self.rank].write(offset, value.parts)
 
     def get(self, identifiers: Sequence[bytes], timeout: float | None) -> list[Any]:
         """The values of objects, in order; the first that is an error is raised.
@@ -676,8 +707,7 @@ class Client:
             self._dispatch(data[LENGTH_SIZE:])
             return
         buffer += data
-        for frame in split_stream(buffer):
-            self._dispatch(frame)
+        self._dispatch_all(split_stream(buffer))
 
     def _pump_all(self, seconds: float | None) -> None:
         raylet = False
@@ -702,8 +732,21 @@ class Client:
 
     def _dispatch(self, frame: bytes | memoryview) -> None:
         handlers = self._handlers
-        for message in decode_from_raylet(frame):
-            handlers[type(message)](message)
+        messages = iter(decode_from_raylet(frame))
+        try:
+            for message in messages:
+                handlers[type(message)](message)
+        except EnvironmentAsked:
+            self._unread = stream_frame(list(messages))
+            raise
+
+    def _dispatch_all(self, frames: list[bytes]) -> None:
+        for index, frame in enumerate(frames):
+            try:
+                self._dispatch(frame)
+            except EnvironmentAsked:
+                self._unread += b"".join(map(prefixed, frames[index + 1 :]))
+                raise
 
     def start_reader(self) -> None:
         """Have a thread read what comes while no other thread does."""
@@ -746,6 +789,24 @@ class Client:
         if self._blocked:
             self.before_blocking()
 
+    def may_start(self, work: m.Run) -> bool:
+        """In workers: take the right to start (or to hand back) a task. False: the raylet has taken it back."""
+        if work.is_behind:
+            try:
+                os.eventfd_read(self._tokens)
+            except BlockingIOError:
+                return False
+        return True
+
+    def _on_recalled(self, message: m.Recalled) -> None:
+        recalled = set(message.tasks)
+        with contextlib.suppress(IndexError):  # others may be taking from it
+            for _ in range(len(self.inbox)):
+                work = self.inbox.popleft()
+                if work.task not in recalled:
+                    self.inbox.append(work)
+        self.send(m.RecallDone())
+
     def _on_inline_object(self, message: m.InlineObject) -> None:
         if message.id in self._counts:
             self._values[message.id] = message.data
@@ -784,10 +845,14 @@ class Client:
         self._watched.difference_update(message.ids)
 
     def _on_reserved(self, message: m.Reserved) -> None:
-        self._reservations[message.id] = message.offset
+        self._on_reservation(message.id, message.offset)
 
     def _on_reserve_failed(self, message: m.ReserveFailed) -> None:
-        self._reservations[message.id] = message.error
+        self._on_reservation(message.id, message.error)
+
+    def _on_reservation(self, identifier: bytes, answer: int | bytes) -> None:
+        if identifier in self._reservations:  # else it was given up meanwhile
+            self._reservations[identifier] = answer
 
     def _on_answer(self, message: m.Answer) -> None:
         then = self._pings.pop(message.number, None)
@@ -802,8 +867,11 @@ class Client:
 
     def _on_define_template(self, message: m.DefineTemplate) -> None:
         self.templates[message.id] = message.template
+        if message.template.environment != self.environments.present.id:
+            raise EnvironmentAsked(message.template)
 
     def _on_registered(self, message: m.Registered) -> None:
+        self._registered = message
         self.rank = message.rank
         self.host = message.host
         self.prefix = message.prefix
@@ -812,6 +880,13 @@ class Client:
         self.namespace = message.namespace
         self.inline_limit = message.inline_limit
         self._arenas[message.rank] = Arena.attach(self._descriptors.popleft())
+        if not self.is_driver:
+            self._tokens = self._descriptors.popleft()
+            os.set_inheritable(self._tokens, False)
+
+    def _on_assign_gpus(self, message: m.AssignGpus) -> None:
+        self._gpus = message
+        self.on_gpus(message)
 
     def _on_refused(self, message: m.Refused) -> None:
         self._refusal = message.reason
@@ -859,6 +934,35 @@ class Client:
 
     def _on_exit(self, message: m.Exit) -> None:
         self.exit_asked = True
+
+    # ---------------------------------------------------------------------------------------- another interpreter's turn
+    def hand_over(self, without: Collection[bytes]) -> tuple[bytes, list[int], int]:
+        """In a worker that has run nothing yet: what the one that takes its place has to be told.
+
+        Args:
+            without: Definitions that it does not need.
+
+        Returns:
+            Frames, the descriptors that go with them, and the socket's. All stay open here.
+        """
+        assert self._registered is not None
+        others = {rank: arena for rank, arena in self._arenas.items() if rank != self.rank}
+        known = [
+            self._registered,
+            *([self._gpus] if self._gpus is not None else []),
+            *(m.MapArena(rank, arena.size) for rank, arena in others.items()),
+            *(m.Define(identifier, blob) for identifier, blob in self.blobs.items() if identifier not in without),
+            *(m.DefineTemplate(identifier, template) for identifier, template in self.templates.items()),
+        ]
+        own = [self._arenas[self.rank].fd, self._tokens]
+        descriptors = [*own, *(arena.fd for arena in others.values()), *self._descriptors]
+        return stream_frame(known) + self._unread + bytes(self._buffer), descriptors, self._sock.fileno()
+
+    def resume(self, frames: bytes, descriptors: Iterable[int]) -> None:
+        """In the worker that takes another's place: the inverse of `hand_over`."""
+        self._descriptors.extend(descriptors)
+        self._buffer += frames
+        self._dispatch_all(split_stream(self._buffer))
 
     # ------------------------------------------------------------------------------------------------------------ end
     def drain_logs(self) -> None:

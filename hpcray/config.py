@@ -22,11 +22,19 @@ class Config:
     """Directory on each node's own disk for objects that do not fit into memory (`--spill-dir`). Without it, $SLURM_TMPDIR,
     $TMPDIR or /tmp. A disk that is shared by all nodes works, and is slow for all; one in memory (tmpfs) frees none."""
 
+    env_dir: str = ""
+    """Directory on each node for what runtime environments unpack and install. Without it, a directory of the user's in
+    $SLURM_TMPDIR, $TMPDIR or /tmp. (One that all nodes share: installed once for all, and slow to import from.)"""
+
     store_share: float = 0.3
     """Part of the memory that the job may use on a host which its ranks' object stores take there (Ray's default)."""
 
     dedup_logs: bool = True
     """Whether repeated lines of workers are folded at the driver."""
+
+    bind_workers: bool = False
+    """Whether each worker is bound to as many of its rank's CPUs as its task asks for (`--bind-workers`), of one memory node
+    where that goes. (Bound: no migrations, memory stays near; not bound: a task may use what others leave idle.)"""
 
     check: bool = False
     """Whether raylets check their invariants after every turn. Slow; for tests and bug reports."""

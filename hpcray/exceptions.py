@@ -177,7 +177,18 @@ class OutOfMemoryError(RayError):
 
 
 class RuntimeEnvSetupError(RayError):
-    """A runtime environment could not be built."""
+    """A worker could not be set up with the runtime environment of a task or actor.
+
+    Attributes:
+        error_message: What happened, with the last lines of the installer where there is one.
+    """
+
+    def __init__(self, error_message: str | None = None) -> None:
+        super().__init__(error_message)
+        self.error_message = error_message
+
+    def __str__(self) -> str:
+        return "Failed to set up the runtime environment." + (f"\n{self.error_message}" if self.error_message else "")
 
 
 # ----------------------------------------------------------------------------------------------------- actors
@@ -327,6 +338,9 @@ _RAISED_BY_RAYLETS: dict[str, type[Exception]] = {
         RaySystemError,
         TaskUnschedulableError,
         ActorUnschedulableError,
+        TaskPlacementGroupRemoved,
+        ActorPlacementGroupRemoved,
+        RuntimeEnvSetupError,
         ValueError,
     )
 }

@@ -8,9 +8,13 @@ import pickle
 from collections.abc import Mapping
 from typing import Any
 
-from hpcray import ids
+from hpcray.environments.wanted import Environment
+from hpcray.labels import label_rules
 from hpcray.protocol.messages import ActorOptions, Template
 from hpcray.resources import Shape, shape_of
+from hpcray.runtime_context import NOWHERE, Surroundings
+from hpcray.runtime_env import parse
+from hpcray.strategies import check_group_options, check_strategy, strategy_fields
 
 _NUMBER = (int, float)
 _COMMON: dict[str, tuple[type, ...]] = {
@@ -20,6 +24,11 @@ _COMMON: dict[str, tuple[type, ...]] = {
     "resources": (dict,),
     "name": (str,),
     "scheduling_strategy": (object,),
+    "label_selector": (dict,),
+    "placement_group": (object,),
+    "placement_group_bundle_index": (int,),
+    "placement_group_capture_child_tasks": (bool,),
+    "runtime_env": (object,),
 }
 _OF_TASKS: dict[str, tuple[type, ...]] = {
     **_COMMON,
@@ -38,23 +47,24 @@ _OF_ACTORS: dict[str, tuple[type, ...]] = {
 _OF_METHODS: dict[str, tuple[type, ...]] = {"num_returns": (int,), "name": (str,)}
 
 
-def check_task_options(options: Mapping[str, Any]) -> None:
-    """Refuse what a remote function cannot be told.
+def check_task_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse what a remote function cannot be told; the options as they are kept.
 
     Raises:
         ValueError: An unknown name or impossible value.
         TypeError: A value of a wrong type.
     """
-    _check(options, _OF_TASKS, "remote functions")
+    checked = _check(options, _OF_TASKS, "remote functions")
     if (retry := options.get("retry_exceptions")) and not isinstance(retry, bool):
         for cls in retry:
             if not (isinstance(cls, type) and issubclass(cls, BaseException)):
                 raise ValueError(f"retry_exceptions must list exception classes, not {cls!r}")
+    return checked
 
 
-def check_actor_options(options: Mapping[str, Any]) -> None:
-    """Refuse what an actor class cannot be told; raises as `check_task_options`."""
-    _check(options, _OF_ACTORS, "actors")
+def check_actor_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse what an actor class cannot be told; as `check_task_options`."""
+    checked = _check(options, _OF_ACTORS, "actors")
     if options.get("lifetime") not in (None, "detached", "non_detached"):
         raise ValueError(f"lifetime must be 'detached', 'non_detached' or None, not {options['lifetime']!r}")
     for key in ("name", "namespace"):
@@ -62,6 +72,7 @@ def check_actor_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"an actor's {key} must not be the empty string")
     if options.get("get_if_exists") and not options.get("name"):
         raise ValueError("get_if_exists needs a name")
+    return checked
 
 
 def check_method_options(options: Mapping[str, Any]) -> None:
@@ -72,7 +83,8 @@ def check_method_options(options: Mapping[str, Any]) -> None:
     _check(options, _OF_METHODS, "actor methods")
 
 
-def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], kind: str) -> None:
+def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], kind: str) -> dict[str, Any]:
+    checked = dict(options)
     for key, value in options.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -89,11 +101,19 @@ def _check(options: Mapping[str, Any], known: Mapping[str, tuple[type, ...]], ki
         elif key == "resources":
             _check_resources(value)
         elif key == "scheduling_strategy":
-            _check_strategy(value)
+            check_strategy(value)
+        elif key == "label_selector":
+            label_rules(value)
         elif key == "num_returns" and value < 0:
             raise ValueError(f"num_returns must be zero or more, not {value}")
         elif key.startswith("max_") and value < -1:
             raise ValueError(f"{key} must be -1 (for ever), zero or more, not {value}")
+        elif key == "runtime_env":
+            checked[key] = parse(value)
+    check_group_options(options)
+    if not checked.get("runtime_env"):
+        checked.pop("runtime_env", None)  # as if it were not given: what it would replace stays
+    return checked
 
 
 def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
@@ -113,6 +133,10 @@ def _check_resources(resources: Mapping[Any, Any]) -> None:
             raise TypeError(f"resources must map names to numbers, not {name!r} to {amount!r}")
         if name in ("CPU", "GPU"):
             raise ValueError(f"use num_{name.lower()}s= instead of {name!r} in resources")
+        if name == "memory":
+            raise ValueError("use memory= instead of 'memory' in resources")
+        if name == "object_store_memory":
+            raise ValueError("resources cannot hold 'object_store_memory': object stores are shared by all")
         _check_amount(name, amount)
 
 
@@ -124,36 +148,26 @@ def _shape(options: Mapping[str, Any], cpus: float) -> Shape:
     return shape_of(amounts)
 
 
-def _check_strategy(strategy: Any) -> None:
-    if isinstance(strategy, str):
-        if strategy not in ("DEFAULT", "SPREAD"):
-            raise ValueError(f"scheduling_strategy must be 'DEFAULT' or 'SPREAD', not {strategy!r}")
-    elif not hasattr(strategy, "node_id"):
-        raise TypeError(
-            f"scheduling_strategy must be 'DEFAULT', 'SPREAD' or a NodeAffinitySchedulingStrategy, not {strategy!r}"
-        )
-
-
-def _strategy(options: Mapping[str, Any]) -> dict[str, Any]:
-    strategy: Any = options.get("scheduling_strategy")
-    if strategy in (None, "DEFAULT"):
-        return {}
-    if strategy == "SPREAD":
-        return {"spread": True}
-    return {
-        "node": ids.rank_of_node(strategy.node_id),
-        "node_is_soft": bool(getattr(strategy, "soft", False)),
-    }
-
-
 def _retry_exceptions(value: Any) -> bytes | None:
     if not value:
         return None
     return b"" if value is True else pickle.dumps(tuple(value))
 
 
-def task_template(job: bytes, function: bytes, name: str, options: Mapping[str, Any]) -> Template:
-    """The template of a remote function with checked options."""
+def task_template(
+    job: bytes,
+    function: bytes,
+    name: str,
+    options: Mapping[str, Any],
+    environment: Environment,
+    caller: Surroundings = NOWHERE,
+) -> Template:
+    """The template of a remote function with checked options.
+
+    Raises:
+        ValueError: The placement group has no such bundle, or none that is large enough.
+    """
+    resources = _shape(options, 1)
     retries = options.get("max_retries")
     returns = options.get("num_returns")
     return Template(
@@ -161,16 +175,33 @@ def task_template(job: bytes, function: bytes, name: str, options: Mapping[str, 
         function=function,
         name=options.get("name") or name,
         num_returns=1 if returns is None else returns,
-        resources=_shape(options, 1),
+        resources=resources,
         max_retries=3 if retries is None else retries,
         retry_exceptions=_retry_exceptions(options.get("retry_exceptions")),
-        **_strategy(options),
+        environment=environment.id,
+        packages=list(environment.packages),
+        **strategy_fields(options, name, resources, {}, caller),
     )
 
 
-def actor_template(job: bytes, cls: bytes, name: str, options: Mapping[str, Any]) -> Template:
-    """The template of an actor class with checked options: by default 1 CPU to be placed, 0 to run."""
-    running = _shape(options, 0)
+def actor_template(
+    job: bytes,
+    cls: bytes,
+    name: str,
+    options: Mapping[str, Any],
+    environment: Environment,
+    caller: Surroundings = NOWHERE,
+) -> Template:
+    """The template of an actor class with checked options.
+
+    One that asks for GPUs or custom resources has a CPU unless `num_cpus` says otherwise; one that asks for nothing needs one
+    to be placed, and none to run (Ray's rules).
+
+    Raises:
+        ValueError: As `task_template`.
+    """
+    asks = any(options.get(name) is not None for name in ("num_gpus", "resources"))
+    running = _shape(options, 1 if asks else 0)
     placement = {} if options.get("num_cpus") is not None else {**running, "CPU": shape_of({"CPU": 1})["CPU"]}
     return Template(
         job=job,
@@ -185,5 +216,7 @@ def actor_template(job: bytes, cls: bytes, name: str, options: Mapping[str, Any]
             placement=placement,
             name=options.get("name") or "",
         ),
-        **_strategy(options),
+        environment=environment.id,
+        packages=list(environment.packages),
+        **strategy_fields(options, name, running, placement, caller),
     )

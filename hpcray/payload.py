@@ -65,6 +65,13 @@ def actor_died(actor: bytes, cls: str, why: str) -> bytes:
     return system_error("ActorDiedError", f"The actor {shown}{f' ({cls})' if cls else ''} died: {why}", shown)
 
 
+def group_removed(group: bytes, name: str, *, is_actor: bool = False) -> bytes:
+    """The payload of the failure of what was to run in a placement group that is gone."""
+    # Ray's choice of classes.
+    cls = "ActorUnschedulableError" if is_actor else "TaskPlacementGroupRemoved"
+    return system_error(cls, f"{name} cannot run: its placement group {group.hex()} was removed")
+
+
 def creation_error(actor: bytes, cls: str, inner: bytes) -> bytes:
     """The payload of what calls to an actor raise whose constructor or its arguments failed with `inner`."""
     return bytes([CREATION_ERROR]) + msgspec.msgpack.encode([shown_actor(actor).hex(), cls, inner])

@@ -12,6 +12,7 @@ from hpcray.client import Client, require_client
 from hpcray.object_ref import ObjectRef
 from hpcray.options import check_task_options, task_template
 from hpcray.protocol import messages as m
+from hpcray.runtime_context import Surroundings, surroundings
 from hpcray.worker.arguments import pack_arguments
 from hpcray.worker.functions import export, template_id
 from hpcray.worker.inspection import explain
@@ -55,7 +56,7 @@ class RemoteFunction:
         self._signature = inspect.signature(function)
         self._takes_nothing = not self._signature.parameters
         self._shared = shared or _Export(function, self._name)
-        self._exported: tuple[Client, bytes, int] | None = None
+        self._exported: tuple[Client, Surroundings, bytes, int] | None = None
         """For this connection: template id and number of returns."""
         functools.update_wrapper(self, function)
 
@@ -73,12 +74,16 @@ class RemoteFunction:
 
         Raises:
             TypeError: The arguments do not fit the function, or cannot be pickled.
+            ValueError: Its placement group has no such bundle, or none that is large enough; or its runtime environment is too
+                large.
+            OSError: A file of its runtime environment cannot be read.
         """
         client = require_client()
         exported = self._exported
-        if exported is None or exported[0] is not client:
-            exported = self._exported = self._export(client)
-        _, template, num_returns = exported
+        around = surroundings()
+        if exported is None or exported[0] is not client or exported[1] != around:
+            exported = self._exported = self._export(client, around)
+        _, _, template, num_returns = exported
         if args or kwargs or not self._takes_nothing:
             self._signature.bind(*args, **kwargs)
         packed = pack_arguments(client, self._name, args, kwargs)
@@ -94,15 +99,15 @@ class RemoteFunction:
             ValueError: An unknown option or impossible value.
             TypeError: A value of a wrong type.
         """
-        check_task_options(options)
-        return RemoteFunctionWithOptions(self, {**self._options, **options})
+        return RemoteFunctionWithOptions(self, {**self._options, **check_task_options(options)})
 
-    def _export(self, client: Client) -> tuple[Client, bytes, int]:
+    def _export(self, client: Client, around: Surroundings) -> tuple[Client, Surroundings, bytes, int]:
         identifier = self._shared.identifier(client)
-        template = task_template(client.job_definition, identifier, self._name, self._options)
+        environment = client.environments.choose(client, self._options.get("runtime_env"))
+        template = task_template(client.job_definition, identifier, self._name, self._options, environment, around)
         name = template_id(template)
         client.define_template(name, template)
-        return client, name, template.num_returns
+        return client, around, name, template.num_returns
 
     def __reduce__(self) -> Any:
         return _rebuild, (self._function, self._options)

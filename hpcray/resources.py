@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 UNIT = 10_000
 
+IN_UNITS = ("GPU",)
+"""The resources that come in units; the others are amounts."""
+
 Shape = dict[str, int]
 
 
@@ -24,12 +27,16 @@ def shape_of(amounts: Mapping[str, float]) -> Shape:
     """A demand in fixed point, without its zeros.
 
     Raises:
-        ValueError: An amount is negative, not finite, or a fraction finer than 1/10,000.
+        ValueError: An amount is negative, not finite, a fraction finer than 1/10,000, or several units and a fraction (1.5 GPUs).
     """
     shape: Shape = {}
     for name, amount in amounts.items():
         if not math.isfinite(amount) or amount < 0:
             raise ValueError(f"the quantity of resource {name!r} must be a finite number, zero or more, not {amount!r}")
+        if name in IN_UNITS and amount > 1 and amount != int(amount):
+            raise ValueError(
+                f"{name} resource quantities >1 must be whole numbers: {amount!r} is invalid (a fraction is part of one {name})"
+            )
         if (fixed := to_fixed(amount)) != 0:
             shape[name] = fixed
         elif amount != 0:
@@ -44,9 +51,35 @@ def as_floats(shape: Mapping[str, int]) -> dict[str, float]:
     return {name: to_float(amount) for name, amount in shape.items()}
 
 
-def slots(available: Mapping[str, int], shape: Shape) -> int:
-    """How many demands of this shape fit into what is available; a shape without demands fits without limit."""
+Units = dict[str, dict[int, int]]
+"""Of resources that come in units (GPUs): what is free of each unit, by its number."""
+
+
+def whole_units(total: Mapping[str, int]) -> Units:
+    """The units of what there is, all of them free."""
+    return {name: dict.fromkeys(range(total[name] // UNIT), UNIT) for name in IN_UNITS if total.get(name)}
+
+
+def slots(available: Mapping[str, int], shape: Shape, units: Mapping[str, Mapping[int, int]] = {}) -> int:
+    """How many demands of this shape fit into what is available; a shape without demands fits without limit.
+
+    Of a resource in units, a demand below one is met by one unit, a demand of more by as many whole ones.
+    """
     room = 1 << 30
     for name, amount in shape.items():
-        room = min(room, available.get(name, 0) // amount)
+        if (of_units := units.get(name)) is None:
+            room = min(room, available.get(name, 0) // amount)
+        elif amount < UNIT:
+            room = min(room, sum(free // amount for free in of_units.values()))
+        else:
+            room = min(room, sum(free == UNIT for free in of_units.values()) // -(-amount // UNIT))
     return max(room, 0)
+
+
+def choose_units(free: Mapping[int, int], amount: int) -> dict[int, int]:
+    """What to take of which units for a demand that fits: a fraction goes where the least is left, whole units in order."""
+    if amount < UNIT:
+        fitting = [number for number, left in free.items() if left >= amount]
+        return {min(fitting, key=lambda number: (free[number], number)): amount}
+    whole = sorted(number for number, left in free.items() if left == UNIT)
+    return dict.fromkeys(whole[: -(-amount // UNIT)], UNIT)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpcray import ids
 from hpcray.client import require_client
 from hpcray.protocol import messages as m
 from hpcray.resources import as_floats
+from hpcray.runtime_env import RuntimeEnv
 
 
 @dataclass(slots=True)
@@ -33,6 +34,8 @@ class _State(threading.local):
 
 _state = _State()
 _actor: _Actor | None = None
+_gpus: list[str | int] = []
+"""Ids of the GPUs that this worker was given."""
 
 
 def enter(work: m.Run, template: m.Template, name: str) -> None:
@@ -45,10 +48,48 @@ def leave() -> None:
     _state.running = None
 
 
+def assign_gpus(message: m.AssignGpus) -> None:
+    """What this worker runs next has these GPUs, and no others."""
+    global _gpus
+    _gpus = message.ids
+    os.environ[message.variable] = ",".join(map(str, message.ids))
+
+
+def gpu_ids() -> list[str | int]:
+    """Ids of the GPUs that this worker was given; none in a driver."""
+    return list(_gpus)
+
+
 def become_actor(identifier: bytes, cls: type, template: m.Template) -> None:
     """From now on this worker is an actor."""
     global _actor
     _actor = _Actor(identifier, cls, template)
+
+
+def current_group() -> bytes:
+    """The placement group of the running task or actor; empty without one."""
+    running = _state.running or _actor
+    return running.template.group if running else b""
+
+
+class Surroundings(NamedTuple):
+    """Where the code that submits something runs."""
+
+    group: bytes = b""
+    """Its placement group; empty without one."""
+    captures: bool = False
+    """What it submits runs in there, too."""
+
+
+NOWHERE = Surroundings()
+
+
+def surroundings() -> Surroundings:
+    """Those of the running task or actor."""
+    running = _state.running or _actor
+    if running is None or not running.template.group:
+        return NOWHERE
+    return Surroundings(running.template.group, running.template.captures)
 
 
 class RuntimeContext:
@@ -102,17 +143,22 @@ class RuntimeContext:
         return as_floats(running.template.resources)
 
     def get_accelerator_ids(self) -> dict[str, list[str]]:
-        """Ids of the accelerators that this worker may use, by kind."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        return {"GPU": [part for part in visible.split(",") if part]}
+        """Ids of the accelerators that the running task or actor was given, by kind; none in a driver."""
+        return {"GPU": [str(identifier) for identifier in _gpus]}
 
     def get_placement_group_id(self) -> str | None:
-        """The placement group of the running task; None without one."""
-        return None
+        """The placement group of the running task or actor, in hexadecimal digits; None without one."""
+        group = current_group()
+        return group.hex() if group else None
 
     def get_runtime_env_string(self) -> str:
         """The runtime environment as JSON."""
-        return "{}"
+        return self.runtime_env.serialize()
+
+    @property
+    def runtime_env(self) -> RuntimeEnv:
+        """What the calling code's worker was set up with; in a driver, what its job's tasks are by default."""
+        return RuntimeEnv.trusted(require_client().environments.present.fields)
 
     @property
     def namespace(self) -> str:

@@ -11,6 +11,7 @@ from hpcray.actors.handle import ActorHandle, ClassDescription
 from hpcray.client import Client, require_client
 from hpcray.options import actor_template, check_actor_options
 from hpcray.protocol import messages as m
+from hpcray.runtime_context import Surroundings, surroundings
 from hpcray.worker.arguments import pack_arguments
 from hpcray.worker.functions import export, template_id
 from hpcray.worker.inspection import explain
@@ -24,7 +25,7 @@ class ActorClass:
         self._class = user_class
         self._options = dict(options)
         self._description = ClassDescription.of(user_class)
-        self._exported: tuple[Client, bytes] | None = None
+        self._exported: tuple[Client, Surroundings, bytes] | None = None
         self.__doc__ = user_class.__doc__
         self.__name__ = user_class.__name__
         self.__module__ = user_class.__module__
@@ -45,6 +46,9 @@ class ActorClass:
         Raises:
             TypeError: The arguments do not fit `__init__`, or something cannot be pickled.
             ActorAlreadyExistsError: The name is taken.
+            ValueError: Its placement group has no such bundle, or none that is large enough; or its runtime environment is too
+                large.
+            OSError: A file of its runtime environment cannot be read.
         """
         client = require_client()
         options = self._options
@@ -61,8 +65,9 @@ class ActorClass:
             init[0].bind(*args, **kwargs)
         elif args or kwargs:
             raise TypeError(f"{self._description.name}() takes no arguments")
-        if self._exported is None or self._exported[0] is not client:
-            self._exported = (client, self._export(client))
+        around = surroundings()
+        if self._exported is None or self._exported[0] is not client or self._exported[1] != around:
+            self._exported = (client, around, self._export(client, around))
         packed = pack_arguments(client, f"{self._description.name}.__init__", args, kwargs)
         actor = client.new_task_id()
         handle_id = ids.object_id(actor, 0)
@@ -71,7 +76,7 @@ class ActorClass:
             client.query("claim_name", [namespace, name, actor, blob])
         message = m.CreateActor(
             actor,
-            self._exported[1],
+            self._exported[2],
             packed.data,
             packed.dependencies,
             packed.nested,
@@ -88,17 +93,17 @@ class ActorClass:
             ValueError: An unknown option or impossible value.
             TypeError: A value of a wrong type.
         """
-        check_actor_options(options)
-        return ActorClass(self._class, {**self._options, **options})
+        return ActorClass(self._class, {**self._options, **check_actor_options(options)})
 
-    def _export(self, client: Client) -> bytes:
+    def _export(self, client: Client, around: Surroundings) -> bytes:
         name = self._description.name
         try:
             identifier, blob = export(self._class)
         except Exception as error:
             raise TypeError(f"could not serialize the actor class {name}: {explain(self._class, error)}") from error
         client.define(identifier, blob)
-        template = actor_template(client.job_definition, identifier, name, self._options)
+        environment = client.environments.choose(client, self._options.get("runtime_env"))
+        template = actor_template(client.job_definition, identifier, name, self._options, environment, around)
         template_name = template_id(template)
         client.define_template(template_name, template)
         return template_name

@@ -17,12 +17,17 @@ from collections.abc import Callable
 from typing import Protocol
 
 from hpcray import payload
-from hpcray.gcs.scheduling import NodeView
-from hpcray.ids import home_of
+from hpcray.gcs import policies
+from hpcray.gcs.groups import PlacementGroups
+from hpcray.gcs.views import NodeView
+from hpcray.ids import home_of, shown_actor
+from hpcray.observe.findings import Finding
 from hpcray.protocol import messages as m
-from hpcray.resources import Shape
+from hpcray.resources import Shape, slots
 
 PENDING, STARTING, ALIVE, DEAD = "pending", "starting", "alive", "dead"
+KILLED = "it was ended by hpcray.kill()"
+GROUP_REMOVED = "its placement group was removed"
 
 
 class ActorsOut(Protocol):
@@ -35,6 +40,7 @@ class ActorRecord:
     """One actor, from its registration to the end of the job."""
 
     __slots__ = (
+        "bundle",
         "error",
         "id",
         "incarnation",
@@ -46,6 +52,7 @@ class ActorRecord:
         "state",
         "template",
         "watchers",
+        "why",
     )
 
     def __init__(self, message: m.RegisterActor, restarts: int) -> None:
@@ -54,9 +61,13 @@ class ActorRecord:
         self.key = (message.namespace, message.name) if message.name else None
         self.is_detached = message.detached
         self.is_wanted_dead = False
+        self.why = ""
+        """If so."""
         self.restarts = restarts
         self.state = PENDING
         self.rank = -1
+        self.bundle = -1
+        """The bundle of its placement group that counts as its own."""
         self.incarnation = 0
         self.error = b""
         self.watchers: set[int] = {home_of(message.actor)}
@@ -65,8 +76,15 @@ class ActorRecord:
 class Actors:
     """All actors of all jobs: pure."""
 
-    def __init__(self, nodes: dict[int, NodeView], template: Callable[[bytes], m.Template], out: ActorsOut) -> None:
+    def __init__(
+        self,
+        nodes: dict[int, NodeView],
+        groups: PlacementGroups,
+        template: Callable[[bytes], m.Template],
+        out: ActorsOut,
+    ) -> None:
         self._nodes = nodes
+        self._groups = groups
         self._template = template
         self._out = out
         self.records: dict[bytes, ActorRecord] = {}
@@ -76,6 +94,8 @@ class Actors:
         self._early_watchers: dict[bytes, set[int]] = {}
         self._early_kills: set[bytes] = set()
         """Actors that were killed before the arguments of their creation existed."""
+        self._in_groups: dict[bytes, dict[bytes, ActorRecord]] = {}
+        """Placement group → actors in it that are not dead."""
         self._living: dict[int, int] = {}
         """Rank → actors that are starting or alive there."""
 
@@ -103,6 +123,11 @@ class Actors:
         if message.error is not None:
             self._die(record, message.error)
             return
+        if spec.group and self._groups.is_removed(spec.group):
+            self._die(record, payload.group_removed(spec.group, spec.name, is_actor=True))
+            return
+        if spec.group:
+            self._in_groups.setdefault(spec.group, {})[record.id] = record
         self._pending[record.id] = None
         if record.id in self._early_kills:
             self._early_kills.discard(record.id)
@@ -113,7 +138,7 @@ class Actors:
         for identifier in list(self._pending):
             record = self.records[identifier]
             spec = self._template(record.template)
-            rank = self._choose(spec)
+            rank, record.bundle = self._choose_bundle(spec) if spec.group else (self._choose(spec), -1)
             if rank is None:
                 continue
             del self._pending[identifier]
@@ -121,15 +146,40 @@ class Actors:
             record.rank = rank
             record.incarnation += 1
             self._living[rank] = self._living.get(rank, 0) + 1
-            self._nodes[rank].placing[identifier] = spec.resources
+            if not spec.group:
+                self._nodes[rank].placing[identifier] = [spec.resources]
             self._out.send(home_of(identifier), m.PlaceActor(identifier, record.incarnation, rank))
 
     def _choose(self, spec: m.Template) -> int | None:
-        needed: Shape = spec.actor.placement if spec.actor and spec.actor.placement else spec.resources
-        fitting = [rank for rank, node in self._nodes.items() if node.has_room_for_actor(needed)]
-        if spec.node is not None and (spec.node in fitting or not spec.node_is_soft):
-            return spec.node if spec.node in fitting else None
-        return min(fitting, key=lambda rank: (self._living.get(rank, 0), rank), default=None)
+        needed = policies.demand_of(spec)
+        nodes = policies.feasible(spec, self._nodes.values())
+        fitting = policies.favourites(spec, [node for node in nodes if node.has_room_for(needed)])
+        # Actors that hold nothing while they run would all be packed on one node by what it has free.
+        return min((node.rank for node in fitting), key=lambda rank: (self._living.get(rank, 0), rank), default=None)
+
+    def _choose_bundle(self, spec: m.Template) -> tuple[int | None, int]:
+        """A rank with a bundle that other actors leave room in, and the bundle.
+
+        Its raylet has the actor wait for tasks in the bundle, of which the GCS does not know, and may take another one.
+        """
+        needed = spec.resources
+        taken: dict[int, Shape] = {}
+        for record in self._in_groups[spec.group].values():
+            if record.bundle >= 0:
+                of_bundle = taken.setdefault(record.bundle, {})
+                for name, amount in self._template(record.template).resources.items():
+                    of_bundle[name] = of_bundle.get(name, 0) + amount
+        fitting = []
+        for rank, bundles in self._groups.bundles_on(spec).items():
+            for index, bundle in bundles.items():
+                by_others = taken.get(index, {})
+                room = slots({name: amount - by_others.get(name, 0) for name, amount in bundle.items()}, needed)
+                if room:
+                    fitting.append((self._living.get(rank, 0), rank, room, index))
+        if not fitting:
+            return None, -1
+        _, rank, _, index = min(fitting)
+        return rank, index
 
     def on_started(self, message: m.ActorStarted) -> None:
         record = self._current(message.actor, message.incarnation)
@@ -138,7 +188,7 @@ class Actors:
         self._nodes[record.rank].placing.pop(record.id, None)
         if message.error is not None:
             self._leave(record)
-            self._die(record, message.error)
+            self._die(record, self._unborn(record) or message.error)
             return
         record.state = ALIVE
         self._announce(record)
@@ -149,7 +199,7 @@ class Actors:
             return
         self._leave(record)
         if record.is_wanted_dead or record.restarts == 0:
-            self._die(record, message.error)
+            self._die(record, self._unborn(record) or message.error)
             return
         if record.restarts > 0:
             record.restarts -= 1
@@ -164,21 +214,30 @@ class Actors:
         if no_restart and identifier not in self.records:
             self._early_kills.add(identifier)
         elif no_restart:
-            self._end(identifier, drain=False, why="it was ended by hpcray.kill()")
+            self._end(identifier, drain=False, why=KILLED)
         elif (record := self.records.get(identifier)) is not None and record.state == ALIVE:
-            self._out.send(record.rank, m.StopActor(identifier, drain=False))
+            self._out.send(record.rank, m.StopActor(identifier, drain=False, why=KILLED))
 
     def _end(self, identifier: bytes, *, drain: bool, why: str) -> None:
         record = self.records.get(identifier)
         if record is None or record.state == DEAD:
             return
         record.is_wanted_dead = True
+        record.why = why
         if record.state == PENDING:
             self._pending.pop(identifier, None)
-            self._die(record, payload.actor_died(identifier, self._template(record.template).name, f"{why}."))
+            error = payload.actor_died(identifier, self._template(record.template).name, f"{why}.")
+            self._die(record, self._unborn(record) or error)
         elif record.state == ALIVE or not drain:
             # Sent while it is starting, this may arrive before the actor does: `_announce` repeats it.
-            self._out.send(record.rank, m.StopActor(identifier, drain))
+            self._out.send(record.rank, m.StopActor(identifier, drain, why))
+
+    def _unborn(self, record: ActorRecord) -> bytes | None:
+        """Why an actor cannot come to live any more whose placement group was removed before it did."""
+        if record.why != GROUP_REMOVED or record.state not in (PENDING, STARTING):
+            return None
+        template = self._template(record.template)
+        return payload.group_removed(template.group, template.name, is_actor=True)
 
     @property
     def is_waiting_for_room(self) -> bool:
@@ -186,6 +245,7 @@ class Actors:
         return bool(self._pending)
 
     def _leave(self, record: ActorRecord) -> None:
+        record.bundle = -1
         self._nodes[record.rank].placing.pop(record.id, None)
         self._living[record.rank] -= 1
 
@@ -193,6 +253,11 @@ class Actors:
         record.state = DEAD
         record.error = error
         record.rank = -1
+        if (group := self._template(record.template).group) in self._in_groups:
+            in_group = self._in_groups[group]
+            in_group.pop(record.id, None)
+            if not in_group:
+                del self._in_groups[group]
         if record.key is not None and self.names.get(record.key, (b"",))[0] == record.id:
             del self.names[record.key]
         self._announce(record)
@@ -202,6 +267,31 @@ class Actors:
         if record is None or record.incarnation != incarnation or record.state not in (STARTING, ALIVE):
             return None
         return record
+
+    # -------------------------------------------------------------------------------------------- explanations
+    def explain(self, asked: str) -> list[Finding]:
+        """Actors of this name, class or id; of a class, those that are not dead."""
+        findings = []
+        for record in self.records.values():
+            name, shown = self._template(record.template).name, shown_actor(record.id).hex()
+            is_one = asked in (shown, record.id.hex()) or (record.key is not None and asked == record.key[1])
+            if is_one or (asked == name and record.state != DEAD):
+                waiting = record.template if record.state == PENDING else b""
+                title = f"actor {name}" + (f" {record.key[1]!r}" if record.key is not None else "")
+                findings.append(Finding("actor", shown, title, 0, self._story(record), waiting))
+        return findings
+
+    @staticmethod
+    def _story(record: ActorRecord) -> str:
+        if record.state == PENDING:
+            return "waits for a node"
+        if record.state == STARTING:
+            return f"is being started on rank {record.rank}: its __init__ has not returned"
+        if record.state == ALIVE:
+            return f"lives on rank {record.rank}" + (
+                f", and is about to end: {record.why}" if record.is_wanted_dead else ""
+            )
+        return "is dead"
 
     # ----------------------------------------------------------------------------------------------- watchers
     def on_watch(self, identifier: bytes, rank: int) -> None:
@@ -218,7 +308,7 @@ class Actors:
         if record.state == DEAD:
             record.watchers.clear()
         elif record.state == ALIVE and record.is_wanted_dead:
-            self._out.send(record.rank, m.StopActor(record.id, drain=True))
+            self._out.send(record.rank, m.StopActor(record.id, True, record.why))
 
     def _tell(self, record: ActorRecord, rank: int) -> None:
         # Callers of an actor that is about to end wait for its end, rather than have their calls run after a
@@ -228,6 +318,11 @@ class Actors:
         self._out.send(rank, m.ActorChanged(record.id, state, record.rank, record.incarnation, record.error))
 
     # --------------------------------------------------------------------------------------------------- jobs
+    def end_group(self, group: bytes) -> None:
+        """End the actors in a placement group that is no more."""
+        for actor in list(self._in_groups.get(group, ())):
+            self._end(actor, drain=False, why=GROUP_REMOVED)
+
     def end_job(self, is_of_job: Callable[[bytes], bool]) -> None:
         """End the actors of a job; detached ones stay."""
         for record in list(self.records.values()):

@@ -14,12 +14,16 @@ from typing import Any, Protocol
 import msgspec
 
 from hpcray import payload
+from hpcray.gcs import policies
 from hpcray.gcs.actors import Actors
+from hpcray.gcs.groups import Group, PlacementGroups
 from hpcray.gcs.scheduling import Scheduler
+from hpcray.gcs.views import NodeView
 from hpcray.ids import node_id
+from hpcray.observe.findings import Finding
 from hpcray.protocol import messages as m
 from hpcray.raylet.core import NodeInfo
-from hpcray.resources import UNIT, Shape, as_floats
+from hpcray.resources import Shape, as_floats
 
 _to_msgpack = msgspec.msgpack.encode
 _from_msgpack = msgspec.msgpack.decode
@@ -41,12 +45,21 @@ class GcsCore:
         self._nonce = nonce
         self._template = template
         self._out = out
-        self.scheduler = Scheduler({node.rank: node.resources for node in nodes}, template)
-        self.actors = Actors(self.scheduler.nodes, template, out)
+        self.views = {
+            node.rank: NodeView(node.rank, node.resources, host=node.host, labels=node.labels, switch=node.switch)
+            for node in nodes
+        }
+        self.groups = PlacementGroups(self.views, out)
+        self.scheduler = Scheduler(self.views, self.groups, template)
+        self.actors = Actors(self.views, self.groups, template, out)
         self._handlers: dict[type, Callable[[int, Any], None]] = {
             m.Demand: self.scheduler.on_demand,
-            m.Load: lambda rank, x: self.scheduler.nodes[rank].on_load(x),
-            m.GrantReturned: lambda _, x: self.scheduler.nodes[x.rank].give_back(x.template, x.count),
+            m.Load: self._on_load,
+            m.GrantReturned: lambda _, x: self.scheduler.on_returned(x),
+            m.CreatePlacementGroup: lambda _, x: self.groups.on_create(x),
+            m.RemovePlacementGroup: lambda _, x: self._on_remove_group(x.group),
+            m.WatchPlacementGroup: lambda rank, x: self.groups.on_watch(x.group, rank),
+            m.BundlesReserved: self.groups.on_reserved,
             m.RegisterActor: lambda _, x: self.actors.on_register(x),
             m.ActorStarted: lambda _, x: self.actors.on_started(x),
             m.ActorEnded: lambda _, x: self.actors.on_ended(x),
@@ -63,6 +76,10 @@ class GcsCore:
             "claim_name": self._claim_name,
             "get_actor": self._get_actor,
             "named_actors": lambda _: [list(key) for key in self.actors.names],
+            "claim_group_name": self._claim_group_name,
+            "placement_group": self._get_group,
+            "why": self.why,
+            "placement_groups": lambda _: [self._describe_group(group) for group in self.groups.known()],
         }
 
     def on_message(self, rank: int, message: m.PeerMessage) -> None:
@@ -75,17 +92,45 @@ class GcsCore:
 
     @property
     def is_waiting_for_room(self) -> bool:
-        """Whether an actor waits for what a node may have free."""
-        return self.actors.is_waiting_for_room
+        """Whether an actor or placement group waits for what a node may have free."""
+        return self.actors.is_waiting_for_room or self.groups.is_waiting_for_room
 
     def end_turn(self, now: float) -> None:
         """Make the grants and placements that this turn's news allow."""
+        if self.groups.has_news and self.groups.is_waiting_for_room:
+            self.groups.place()
         if self.actors.is_waiting_for_room:
             self.actors.place()
         if not self.scheduler.has_demands:
             return
         for home, grant in self.scheduler.grants():
             self._out.send(home, grant)
+
+    def _on_load(self, rank: int, load: m.Load) -> None:
+        self.views[rank].on_load(load)
+        self.scheduler.on_room(rank)
+        self.groups.has_news = True
+
+    def _on_remove_group(self, group: bytes) -> None:
+        self.groups.on_remove(group)
+        self.actors.end_group(group)
+
+    # ---------------------------------------------------------------------------------------------------- explanations
+    def explain(self, asked: str) -> list[Finding]:
+        """Actors and placement groups of this name or id."""
+        return self.actors.explain(asked) + self.groups.explain(asked)
+
+    def why(self, template: bytes) -> str:
+        """Why nothing of a class is given a place now, in lines for people; empty if it would be."""
+        spec = self._template(template)
+        if not spec.group:
+            return policies.why_not(spec, [view.as_if_placed() for view in self.views.values()])
+        group = self.groups.groups.get(spec.group)
+        if group is None:
+            return f"its placement group {spec.group.hex()} was removed"
+        if reason := self.groups.why_waiting(group):
+            return f"its placement group {self.groups.name_of(group)} has no place:\n{reason}"
+        return f"its placement group {self.groups.name_of(group)} is in use: something in the group has to end first"
 
     def _on_ask(self, rank: int, message: m.Ask) -> None:
         try:
@@ -102,6 +147,8 @@ class GcsCore:
 
         self.scheduler.drop_home(is_of_job)
         self.actors.end_job(is_of_job)
+        for group in self.groups.end_job(message.job):
+            self.actors.end_group(group)
         for node in self.nodes:
             self._out.send(node.rank, m.JobEnded(message.job))
 
@@ -123,8 +170,8 @@ class GcsCore:
             "DeathReasonMessage": "",
             "Rank": node.rank,
             "Pid": node.pid,
-            "Resources": self._with_node_names([node], dict(node.resources)),
-            "Labels": {"ray.io/node-id": identifier},
+            "Resources": as_floats(node.resources),
+            "Labels": node.labels,
         }
 
     def _sum(self, shapes: list[Shape]) -> dict[str, float]:
@@ -132,25 +179,32 @@ class GcsCore:
         for shape in shapes:
             for name, amount in shape.items():
                 total[name] = total.get(name, 0) + amount
-        return self._with_node_names(self.nodes, total)
+        return as_floats(total)
 
     def _available(self) -> dict[str, float]:
-        views = self.scheduler.nodes.values()
+        views = self.views.values()
         free = self._sum([{n: max(0, a) for n, a in view.available.items()} for view in views])
         return {name: amount for name, amount in free.items() if amount > 0}
-
-    def _with_node_names(self, nodes: list[NodeInfo], shape: Shape) -> dict[str, float]:
-        for node in nodes:
-            shape[f"node:{node.host}"] = UNIT
-            if node.rank == 0:
-                shape["node:__internal_head__"] = UNIT
-        return as_floats({name: amount for name, amount in shape.items() if amount})
 
     def _claim_name(self, arguments: Any) -> None:
         namespace, name, actor, handle = arguments
         error = self.actors.claim(namespace, name, actor, handle)
         if error is not None:
             raise _Refusal(error)
+
+    def _claim_group_name(self, arguments: Any) -> None:
+        namespace, name, group = arguments
+        if (error := self.groups.claim(namespace, name, group)) is not None:
+            raise _Refusal(error)
+
+    def _get_group(self, arguments: Any) -> dict[str, Any] | None:
+        """One placement group, by its id, or by namespace and name; None if there is none."""
+        group, namespace, name = arguments
+        found = self.groups.get(group) if group else self.groups.find(namespace, name)
+        return None if found is None else self._describe_group(found)
+
+    def _describe_group(self, group: Group) -> dict[str, Any]:
+        return self.groups.describe(group, lambda rank: node_id(self._nonce, rank))
 
     def _get_actor(self, arguments: Any) -> bytes:
         namespace, name = arguments

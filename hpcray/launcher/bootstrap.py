@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import gc
 import os
-import platform
 import signal
 import socket
 import sys
@@ -26,30 +25,21 @@ import msgspec
 
 import hpcray
 from hpcray import config as configuration
-from hpcray.ids import new_nonce
 from hpcray.launcher import attach, stdio
 from hpcray.launcher.connect import Connection, silence_interrupts
 from hpcray.launcher.environment import MPI_SETTINGS, scrub
+from hpcray.launcher.introductions import Introduction, introduce, make_nodes
 from hpcray.launcher.mpirun import STOP_SIGNAL
 from hpcray.launcher.options import JobOptions
-from hpcray.launcher.roles import Launch, LaunchError, check_pmi, check_world, detect_launch, offers_cpus
-from hpcray.raylet.cgroup import read_limits
+from hpcray.launcher.roles import Launch, LaunchError, check_pmi, check_world, detect_launch
+from hpcray.raylet.binding import Binding
 from hpcray.raylet.core import NodeInfo
 from hpcray.raylet.descendants import die_with
-from hpcray.raylet.detect import (
-    RankMask,
-    RankMemory,
-    detect_cpus,
-    detect_gpus,
-    detect_memory,
-    share,
-    share_gpus,
-    share_memory,
-)
+from hpcray.raylet.detect import memory_nodes
 from hpcray.raylet.leftovers import find_traces
 from hpcray.raylet.processes import ForkServer
 from hpcray.raylet.server import RankServer
-from hpcray.resources import shape_of, to_float
+from hpcray.resources import to_float
 from hpcray.store.arena import Arena
 from hpcray.store.spillfiles import spill_directory
 from hpcray.transport.doorbell import Doorbell
@@ -65,29 +55,6 @@ CLOSE_TIMEOUT = 20.0
 GC_THRESHOLD = 50_000
 """New containers between two collections in a rank process (Python: 700)."""
 _PR_SET_PDEATHSIG = 1
-
-
-class Introduction(msgspec.Struct):
-    """What each rank tells all others at boot. Versions come first: all else is read only if they agree."""
-
-    version: str
-    python: str
-    host: str
-    machine: str
-    """Which ranks can map each other's memory: host, boot and network namespace."""
-    pid: int
-    affinity: list[int]
-    cpus_on_host: int
-    """How many CPUs the job may use on this host."""
-    cpus_of_rank: int | None
-    """How many this rank may use, where the launcher says so."""
-    memory: int
-    """Bytes that the job may use on this host."""
-    gpus: list[str]
-    resources: dict[str, float]
-    doorbell: bytes
-    nonce: bytes
-    store: int
 
 
 # ------------------------------------------------------------------------------------------------------------------ world
@@ -212,12 +179,12 @@ def start_rank(options: JobOptions, world: World | None, forks: ForkServer | Non
     """Build this rank's server and agree with the others on who is who. Collective.
 
     Args:
-        options: How the job was asked for; the same on all ranks.
+        options: How the job was asked for, as far as this rank is concerned.
         world: None for a job of one rank without MPI.
         forks: The fork server, where it was started before MPI.
 
     Raises:
-        LaunchError: The ranks run different versions, or one of them could not start.
+        LaunchError: The ranks run different versions, one was asked for more than there is, or could not start.
     """
     config = configuration.load()
     if forks is None:
@@ -234,9 +201,12 @@ def start_rank(options: JobOptions, world: World | None, forks: ForkServer | Non
 def _start_rank(options: JobOptions, config: configuration.Config, world: World | None, forks: ForkServer) -> Rank:
     rank = world.rank if world else 0
     doorbell = Doorbell() if world else None
-    mine = _introduce(options, doorbell)
+    mine = introduce(options, os.environ, doorbell.name if doorbell else b"")
     everybody = _agree(world, mine) if world else [mine]
-    nodes = _make_nodes(options, config, everybody)
+    try:
+        nodes = make_nodes(everybody, config.store_share)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
     arena = Arena.create(nodes[rank].arena_size)
     loop = EventLoop()
     server = RankServer(
@@ -249,6 +219,7 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
         config=config,
         spill_dir=spill_directory(options.spill_dir or config.spill_dir, os.environ),
         log_dir=options.log_dir,
+        binding=_binding(nodes[rank]) if options.bind_workers or config.bind_workers else None,
     )
     if world and doorbell is not None:
         _connect_ranks(world, server, loop, doorbell, arena, everybody)
@@ -257,31 +228,16 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
     return Rank(server, loop, forks, world, doorbell)
 
 
-def _introduce(options: JobOptions, doorbell: Doorbell | None) -> Introduction:
-    limits = read_limits()
-    cpus = detect_cpus(os.environ, os.sched_getaffinity(0), limits=limits)
-    return Introduction(
-        version=hpcray.__version__,
-        python=platform.python_version(),
-        host=socket.gethostname(),
-        machine=_machine(),
-        pid=os.getpid(),
-        affinity=sorted(cpus.affinity),
-        cpus_on_host=cpus.shared,
-        cpus_of_rank=cpus.slurm_per_task,
-        memory=detect_memory(os.environ, limits=limits).usable,
-        # Asking the driver takes a while; a user who has said how many GPUs there are need not wait for it.
-        gpus=[] if options.num_gpus is not None else [gpu.uuid for gpu in detect_gpus(os.environ).gpus],
-        resources=dict(options.resources),
-        doorbell=doorbell.name if doorbell else b"",
-        nonce=new_nonce(),
-        store=options.object_store_memory or 0,
-    )
-
-
-def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/net').stat().st_ino} {Path('/proc/self/ns/pid').stat().st_ino}"
+def _binding(node: NodeInfo) -> Binding | None:
+    if node.cpus:
+        return Binding(node.cpus, memory_nodes())
+    if node.resources.get("CPU"):
+        print(
+            f"hpcray: rank {node.rank} on {node.host} does not bind its workers, since other ranks or jobs may be using the same "
+            "CPUs: start fewer ranks on a host, or have the launcher give each rank CPUs of its own",
+            file=sys.stderr,
+        )
+    return None
 
 
 def _agree(world: World, mine: Introduction) -> list[Introduction]:
@@ -294,66 +250,6 @@ def _agree(world: World, mine: Introduction) -> list[Introduction]:
         told = "; ".join(f"hpcray {v} on Python {p} at {where}" for (v, p), where in first.items())
         raise LaunchError(f"the ranks run different versions ({told}): use one environment that all hosts see")
     return [msgspec.convert(one, Introduction, strict=False) for one in everybody]
-
-
-def _make_nodes(options: JobOptions, config: configuration.Config, everybody: list[Introduction]) -> list[NodeInfo]:
-    machines = [one.machine for one in everybody]
-    cpus = _deal_cpus(options, everybody, machines)
-    gpus = _deal_gpus(options, everybody, machines)
-    memories = _deal_memory(config, everybody, machines)
-    nodes: list[NodeInfo] = []
-    for rank, one in enumerate(everybody):
-        memory = memories[rank]
-        amounts = {
-            **one.resources,
-            "CPU": cpus[rank],
-            "GPU": gpus[rank],
-            "memory": memory.total - memory.store,
-            "object_store_memory": memory.store,
-        }
-        nodes.append(NodeInfo(rank, one.host, one.machine, one.pid, shape_of(amounts), memory.store))
-    return nodes
-
-
-def _deal_cpus(options: JobOptions, everybody: list[Introduction], machines: list[str]) -> list[float]:
-    dealt: list[float] = [0] * len(everybody)
-    offering = [rank for rank in range(len(everybody)) if offers_cpus(rank, machines, options.head_cpus)]
-    for machine in dict.fromkeys(machines):
-        here = [rank for rank in offering if machines[rank] == machine]
-        masks = [
-            RankMask(frozenset(everybody[r].affinity), everybody[r].cpus_on_host, everybody[r].cpus_of_rank)
-            for r in here
-        ]
-        for rank, count in zip(here, share(masks), strict=True):
-            dealt[rank] = count if options.num_cpus is None else options.num_cpus
-    if options.head_cpus is not None:
-        dealt[0] = options.head_cpus
-    return dealt
-
-
-def _deal_memory(
-    config: configuration.Config, everybody: list[Introduction], machines: list[str]
-) -> dict[int, RankMemory]:
-    dealt: dict[int, RankMemory] = {}
-    for machine in dict.fromkeys(machines):
-        here = [rank for rank, other in enumerate(machines) if other == machine]
-        usable, stores = [everybody[rank].memory for rank in here], [everybody[rank].store or None for rank in here]
-        try:
-            dealt.update(zip(here, share_memory(usable, stores, config.store_share), strict=True))
-        except ValueError as error:
-            raise LaunchError(str(error)) from None
-    return dealt
-
-
-def _deal_gpus(options: JobOptions, everybody: list[Introduction], machines: list[str]) -> list[float]:
-    if options.num_gpus is not None:
-        return [options.num_gpus] * len(everybody)
-    dealt: list[float] = [0] * len(everybody)
-    for machine in dict.fromkeys(machines):
-        here = [rank for rank, other in enumerate(machines) if other == machine]
-        for rank, mine in zip(here, share_gpus([everybody[rank].gpus for rank in here]), strict=True):
-            dealt[rank] = len(mine)
-    return dealt
 
 
 def _connect_ranks(

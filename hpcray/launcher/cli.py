@@ -19,8 +19,11 @@ from hpcray.launcher.options import (
     interpreter_flags,
     job_arguments,
     parse_amount,
+    parse_count,
+    parse_labels,
     parse_resources,
     parse_size,
+    with_environment,
 )
 from hpcray.launcher.roles import LaunchError, detect_launch
 
@@ -42,6 +45,16 @@ def _amount(text: str) -> float:
         return parse_amount(text)
 
 
+def _count(text: str) -> int:
+    with _as_bad_parameter():
+        return parse_count(text)
+
+
+def _labels(text: str) -> Mapping[str, str]:
+    with _as_bad_parameter():
+        return parse_labels(text)
+
+
 @contextlib.contextmanager
 def _as_bad_parameter() -> Iterator[None]:
     try:
@@ -57,12 +70,23 @@ _JOB_OPTIONS = [
         metavar="NUMBER",
         help="CPUs each rank offers (default: those it may use).",
     ),
-    click.option("--num-gpus", type=_amount, metavar="NUMBER", help="GPUs each rank offers (default: those it sees)."),
+    click.option(
+        "--num-gpus",
+        type=_count,
+        metavar="NUMBER",
+        help="GPUs each rank offers (default: its share of those it sees).",
+    ),
     click.option(
         "--resources",
         type=_resources,
         metavar="JSON",
         help="Custom resources each rank offers: '{\"licence\": 2}'.",
+    ),
+    click.option(
+        "--labels",
+        type=_labels,
+        metavar="LABELS",
+        help="Labels of each rank's node: rack=7,kind=fast, or as JSON.",
     ),
     click.option(
         "--object-store-memory",
@@ -84,6 +108,9 @@ _JOB_OPTIONS = [
         help="Where each node puts objects that do not fit into memory (default: $SLURM_TMPDIR, $TMPDIR or /tmp).",
     ),
     click.option("--log-dir", type=click.Path(file_okay=False), metavar="DIR", help="Keep the job's full logs here."),
+    click.option(
+        "--bind-workers", is_flag=True, help="Keep each task on CPUs of its own, near its memory (default: no)."
+    ),
     click.option("--log-to-driver/--no-log-to-driver", default=True, help="Show what workers print (default: yes)."),
     click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as under python -m."),
     click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT [ARGS]..."),
@@ -132,6 +159,9 @@ def _run(ranks: int | None, mpirun: str | None, **job: Any) -> NoReturn:
 
     Options come before SCRIPT; all that follows it belongs to it. Under mpirun or srun each rank takes its
     part; elsewhere this is one rank, or -n of them. The exit code is the script's.
+
+    What a rank offers may also be said in its environment: HPCRAY_NUM_CPUS, HPCRAY_NUM_GPUS, HPCRAY_HEAD_CPUS,
+    HPCRAY_OBJECT_STORE_MEMORY, HPCRAY_RESOURCES, HPCRAY_LABELS.
     """
     if not job["command"]:
         what = "module" if job["is_module"] else "script"
@@ -182,6 +212,20 @@ def _memory(address: str, limit: int, as_json: bool) -> NoReturn:
     sys.exit(memory.show(address, limit=limit, as_json=as_json))
 
 
+@_cli.command("explain")
+@click.argument("name")
+@click.option("--address", default="auto", metavar="ADDRESS", help="The job, if several of yours run on this host.")
+def _explain(name: str, address: str) -> NoReturn:
+    """Say why NAME waits, or where it runs: a task, actor, object or placement group of this user's running job.
+
+    NAME is the name of a function, class, actor or placement group, or an id in hexadecimal digits. Exits with 1 if the job
+    does not know it, with 2 if there is no job to ask.
+    """
+    from hpcray.launcher import explain
+
+    sys.exit(explain.show(address, name))
+
+
 def main() -> NoReturn:
     """The `hpcray` command. Ends the process: with 2 and one line for a wrong call."""
     _invoke(_cli, "hpcray", sys.argv[1:])
@@ -215,12 +259,16 @@ def _fail(message: str) -> NoReturn:
 def _job_options(command: tuple[str, ...], is_module: bool, **options: Any) -> JobOptions:
     if command and not is_module and not Path(command[0]).exists():
         raise click.UsageError(f"no such script: {command[0]}")
-    options["resources"] = options["resources"] or {}
+    for name in ("resources", "labels"):
+        options[name] = options[name] or {}
     script = None
     if command:
         flags = interpreter_flags(sys.orig_argv)
         script = [sys.executable, *flags, *(["-m"] if is_module else []), *command]
-    return JobOptions(script=script, **options)
+    try:
+        return with_environment(JobOptions(script=script, **options), os.environ)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _start(options: JobOptions, ranks: int | None, mpirun: str | None) -> NoReturn:

@@ -13,9 +13,8 @@ from types import TracebackType
 
 from hpcray.launcher import attach
 from hpcray.launcher.environment import DRIVER_SOCKET, parse_driver_socket, scrub
-from hpcray.launcher.options import JobOptions
+from hpcray.launcher.options import JobOptions, with_environment
 from hpcray.launcher.roles import detect_launch
-from hpcray.raylet.detect import detect_memory, share_memory
 
 END_TIMEOUT = 20.0
 """Seconds that `shutdown()` waits for the processes of a job that `init()` started."""
@@ -27,23 +26,32 @@ class Wish:
 
     address: str | None = None
     num_cpus: float | None = None
-    num_gpus: float | None = None
+    num_gpus: int | None = None
     resources: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
     object_store_memory: int | None = None
 
     @property
     def names_resources(self) -> bool:
-        """Whether it says how large the job is to be."""
-        return bool(self.resources) or not (self.num_cpus is self.num_gpus is self.object_store_memory is None)
+        """Whether it says what the job's nodes are to be."""
+        return bool(self.resources or self.labels) or not (
+            self.num_cpus is self.num_gpus is self.object_store_memory is None
+        )
 
     def as_options(self) -> JobOptions:
-        """The same as options of a job."""
-        return JobOptions(
+        """The same as options of a job, completed from the environment.
+
+        Raises:
+            ValueError: A variable there is wrong.
+        """
+        options = JobOptions(
             num_cpus=self.num_cpus,
             num_gpus=self.num_gpus,
             resources=self.resources,
+            labels=self.labels,
             object_store_memory=self.object_store_memory,
         )
+        return with_environment(options, os.environ)
 
 
 def _nothing() -> None:
@@ -124,16 +132,19 @@ def silence_interrupts() -> None:
 
 
 def _start_local(wish: Wish) -> Connection:
-    if wish.object_store_memory is not None:
-        # Said here, where it was asked for, as well as by the job that would not start.
-        share_memory([detect_memory(os.environ).usable], [wish.object_store_memory], 0.0)
-    ours, theirs = socket.socketpair()
     options = wish.as_options()
+    if options.object_store_memory is not None or options.num_gpus:
+        # Said here, where it was asked for, as well as by the job that would not start.
+        from hpcray.launcher.introductions import introduce, make_nodes
+
+        make_nodes([introduce(options, os.environ)], 0.0)
+    ours, theirs = socket.socketpair()
     arguments = {
         "fd": theirs.fileno(),
         "num_cpus": options.num_cpus,
         "num_gpus": options.num_gpus,
         "resources": dict(options.resources),
+        "labels": dict(options.labels),
         "object_store_memory": options.object_store_memory,
     }
     with theirs:

@@ -9,8 +9,9 @@ from typing import Literal
 
 from hpcray.launcher import facts as found
 from hpcray.launcher.facts import Facts
-from hpcray.launcher.roles import offers_cpus
-from hpcray.raylet.detect import Gpu, share
+from hpcray.launcher.roles import offers_cpus, offers_gpus
+from hpcray.raylet.accelerators import Device
+from hpcray.raylet.sharing import share_cpus, share_gpus
 
 Status = Literal["OK", "WARN", "FAIL"]
 
@@ -145,14 +146,16 @@ def check_memory(ranks: Sequence[Facts]) -> Finding:
 
 
 def check_gpus(ranks: Sequence[Facts]) -> Finding:
-    names = [gpu.name for here in _by_host(ranks).values() for gpu in _distinct_gpus(here)]
-    if names:
-        kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-        return Finding("OK", "GPUs", kinds)
-    reasons = sorted({rank.gpus.reason for rank in ranks})
-    detail = f"none ({'; '.join(reasons)})"
-    if any("driver does not" in reason or "cannot be imported" in reason for reason in reasons):
-        return Finding("WARN", "GPUs", detail, "see what nvidia-smi says on that host")
+    names = [gpu.name for gpu in _distinct_gpus(ranks)]
+    kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    detail = kinds or f"none ({'; '.join(sorted({rank.gpus.reason for rank in ranks if rank.gpus.reason}))})"
+    if broken := [rank for rank in ranks if rank.gpus.problem]:
+        told = f"{kinds or 'none'}; {_at(broken, ranks)}{broken[0].gpus.problem}"
+        return Finding("WARN", "GPUs", told, "see what nvidia-smi says on that host")
+    mixed = [rank for rank, gpus in zip(ranks, _gpus_offered(ranks), strict=True) if len({g.kind for g in gpus}) > 1]
+    if mixed:
+        told = f"{detail}; {_at(mixed, ranks)}several kinds, of which accelerator_type names the first"
+        return Finding("WARN", "GPUs", told, "give each rank one kind by CUDA_VISIBLE_DEVICES")
     return Finding("OK", "GPUs", detail)
 
 
@@ -212,8 +215,10 @@ _CHECKS: tuple[Callable[[Sequence[Facts]], Finding], ...] = (
 
 
 def render(ranks: Sequence[Facts], findings: Sequence[Finding]) -> str:
-    """The report: a table over ranks, then a line per finding and one per remedy."""
-    lines = [*_table(ranks), ""]
+    """The report: tables over ranks and over GPUs, if any, then a line per finding and one per remedy."""
+    lines = [*_table(_rank_rows(ranks)), ""]
+    if any(rank.gpus.devices for rank in ranks):
+        lines += [*_table(_gpu_rows(ranks)), ""]
     width = max(len(finding.title) for finding in findings)
     for finding in findings:
         lines.append(f"{finding.status:<5} {finding.title:<{width}}  {finding.detail}")
@@ -222,9 +227,14 @@ def render(ranks: Sequence[Facts], findings: Sequence[Finding]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(ranks: Sequence[Facts]) -> list[str]:
-    rows = [("rank", "host", "CPUs: host", "affinity", "cgroup", "Slurm", "offered", "memory", "GPUs", "files")]
-    for rank, offered in zip(ranks, _offers(ranks), strict=True):
+_Row = tuple[str, ...]
+
+
+def _rank_rows(ranks: Sequence[Facts]) -> list[_Row]:
+    rows: list[_Row] = [
+        ("rank", "host", "CPUs: host", "affinity", "cgroup", "Slurm", "offered", "memory", "GPUs", "files")
+    ]
+    for rank, offered, gpus in zip(ranks, _offers(ranks), _gpus_offered(ranks), strict=True):
         cpus = rank.cpus
         quota = cpus.quota if cpus.quota is not None else cpus.cpuset
         slurm = cpus.slurm_per_task if cpus.slurm_per_task is not None else cpus.slurm_on_host
@@ -238,10 +248,21 @@ def _table(ranks: Sequence[Facts]) -> list[str]:
                 "-" if slurm is None else str(slurm),
                 str(offered),
                 _gib(rank.memory.usable),
-                str(len(rank.gpus.gpus)),
+                str(len(gpus)),
                 "unlimited" if rank.descriptors is None else str(rank.descriptors),
             )
         )
+    return rows
+
+
+def _gpu_rows(ranks: Sequence[Facts]) -> list[_Row]:
+    rows: list[_Row] = [("rank", "host", "GPU", "name", "memory", "UUID")]
+    for rank, gpus in zip(ranks, _gpus_offered(ranks), strict=True):
+        rows += [(str(rank.rank), rank.host, str(g.index), g.name, _gib(g.memory), g.uuid) for g in gpus]
+    return rows
+
+
+def _table(rows: Sequence[_Row]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -252,8 +273,20 @@ def _offers(ranks: Sequence[Facts]) -> list[int]:
     offers = dict.fromkeys(range(len(ranks)), 0)
     for host in dict.fromkeys(hosts):
         here = [r for r, name in enumerate(hosts) if name == host and offers_cpus(r, hosts, None)]
-        offers.update(zip(here, share([ranks[r].cpus.mask for r in here]), strict=True))
+        dealt = share_cpus([ranks[r].cpus.mask for r in here])
+        offers.update((r, max(1, len(cpus))) for r, cpus in zip(here, dealt, strict=True))
     return list(offers.values())
+
+
+def _gpus_offered(ranks: Sequence[Facts]) -> list[list[Device]]:
+    """Which GPUs each rank will offer, likewise."""
+    hosts = [rank.host for rank in ranks]
+    hands = [
+        [gpu.uuid for gpu in rank.gpus.devices] if offers_gpus(number, hosts, None) else []
+        for number, rank in enumerate(ranks)
+    ]
+    dealt = share_gpus(hands, [None] * len(ranks))
+    return [[gpu for gpu in rank.gpus.devices if gpu.uuid in uuids] for rank, uuids in zip(ranks, dealt, strict=True)]
 
 
 def _check_limit(
@@ -274,8 +307,8 @@ def _by_host(ranks: Sequence[Facts]) -> dict[str, list[Facts]]:
     return hosts
 
 
-def _distinct_gpus(ranks: Sequence[Facts]) -> list[Gpu]:
-    return list({gpu.uuid: gpu for rank in ranks for gpu in rank.gpus.gpus}.values())
+def _distinct_gpus(ranks: Sequence[Facts]) -> list[Device]:
+    return list({gpu.uuid: gpu for rank in ranks for gpu in rank.gpus.devices}.values())
 
 
 def _at(some: Sequence[Facts], ranks: Sequence[Facts]) -> str:

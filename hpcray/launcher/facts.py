@@ -16,8 +16,9 @@ from typing import Any
 import msgspec
 
 from hpcray.launcher.roles import detect_launch
+from hpcray.raylet.accelerators import DeviceReport
 from hpcray.raylet.cgroup import read_limits
-from hpcray.raylet.detect import CpuReport, GpuReport, MemoryReport, detect_cpus, detect_gpus, detect_memory
+from hpcray.raylet.detect import CpuReport, MemoryReport, detect_cpus, detect_devices, detect_memory
 
 _PROBE_TIMEOUT = 30.0  # seconds; an MPI library that takes longer to start alone hangs
 _PROBE = """
@@ -40,6 +41,7 @@ _SLURM = (
     "SLURM_MEM_PER_NODE",
     "SLURM_MEM_PER_CPU",
     "SLURM_JOB_GPUS",
+    "SLURM_STEP_GPUS",
 )
 
 
@@ -74,7 +76,7 @@ class Facts:
     mpi: MpiFacts
     cpus: CpuReport
     memory: MemoryReport
-    gpus: GpuReport
+    gpus: DeviceReport
     descriptors: int | None = None
     processes: int | None = None
     slurm: dict[str, str] = field(default_factory=dict)
@@ -96,7 +98,7 @@ def collect(env: Mapping[str, str] = os.environ) -> Facts:
         mpi=describe_mpi(loaded) if loaded is not None and loaded.Is_initialized() else _probe_mpi(),
         cpus=detect_cpus(env, os.sched_getaffinity(0), limits=limits),
         memory=detect_memory(env, limits=limits),
-        gpus=detect_gpus(env),
+        gpus=detect_devices(env),
         descriptors=_limit(resource.RLIMIT_NOFILE),
         processes=_limit(resource.RLIMIT_NPROC),
         slurm={name: env[name] for name in _SLURM if name in env},
@@ -137,6 +139,8 @@ def _probe_mpi() -> MpiFacts:
     try:
         probe = subprocess.run(
             [sys.executable, "-c", _PROBE],
+            # Open MPI without a launcher leaves its segment in /dev/shm behind; alone it needs none.
+            env={**os.environ, "OMPI_MCA_btl": "self"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

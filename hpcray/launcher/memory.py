@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import msgspec
 
 from hpcray.client import Client
 from hpcray.exceptions import RayError
-from hpcray.launcher import attach
+from hpcray.launcher.visit import visit
 from hpcray.observe.statistics import Amount, ObjectReport, ObjectsWanted, StoreStatistics
 
 
@@ -36,7 +35,7 @@ class Found(msgspec.Struct, frozen=True):
 def show(address: str, *, limit: int, as_json: bool) -> int:
     """Print the job's objects, largest first, and its stores; the exit code of the command. Blocks for some round trips."""
     try:
-        client = _attach(address)
+        client = visit(address)
     except (ConnectionError, ValueError, RuntimeError, RayError) as error:
         print(f"hpcray: {error}", file=sys.stderr)
         return 2
@@ -49,16 +48,6 @@ def show(address: str, *, limit: int, as_json: bool) -> int:
         client.close()
     print(as_text(stores, objects, limit) if not as_json else json.dumps(as_data(stores, objects), indent=2))
     return 0
-
-
-def _attach(address: str) -> Client:
-    client = Client(attach.connect(address), is_driver=True)
-    try:
-        client.register(str(uuid.uuid4()), [], log_to_driver=False)
-    except BaseException:
-        client.close()
-        raise
-    return client
 
 
 def look(client: Client, limit: int) -> tuple[list[StoreStatistics], list[Found]]:

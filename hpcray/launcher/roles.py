@@ -161,6 +161,14 @@ def offers_cpus(rank: int, hosts: Sequence[str], head_cpus: float | None) -> boo
     return hosts[0] not in hosts[1:]
 
 
+def offers_gpus(rank: int, hosts: Sequence[str], head_cpus: float | None) -> bool:
+    """Whether a rank's raylet offers GPUs: if it offers CPUs, which tasks on GPUs need too, or is alone on its host.
+
+    Arguments as for `offers_cpus`.
+    """
+    return offers_cpus(rank, hosts, head_cpus) or hosts[0] not in hosts[1:]
+
+
 def _in_slurm_step(env: Mapping[str, str]) -> bool:
     step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", ""))
     return "SLURM_PROCID" in env and step not in _NOT_A_STEP

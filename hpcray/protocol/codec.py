@@ -42,8 +42,12 @@ decode_from_peer = _Decoder(PeerMessage)
 
 def stream_frame(messages: Sequence[Any]) -> bytes:
     """A batch as it goes over a socket: four bytes of length (big-endian), then the frame."""
-    body = encode(messages)
-    return len(body).to_bytes(LENGTH_SIZE, "big") + body
+    return prefixed(encode(messages))
+
+
+def prefixed(frame: bytes) -> bytes:
+    """A frame with its length, as `split_stream` takes it apart."""
+    return len(frame).to_bytes(LENGTH_SIZE, "big") + frame
 
 
 def split_stream(buffer: bytearray) -> list[bytes]:

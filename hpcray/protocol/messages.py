@@ -81,6 +81,17 @@ class ActorOptions(msgspec.Struct, array_like=True):
     """Of a named actor."""
 
 
+class LabelRule(msgspec.Struct, array_like=True, frozen=True):
+    """What a node's label must be: `operator` is "in", "not in", "exists" or "does not exist"."""
+
+    key: str
+    operator: str
+    values: tuple[str, ...] = ()
+
+
+NO_NODE = -1
+
+
 class Template(msgspec.Struct, array_like=True):
     """What all calls of one remote function with the same options share; sent once per process, named by its hash.
 
@@ -99,8 +110,23 @@ class Template(msgspec.Struct, array_like=True):
     """None: never; b"": on any exception; else a pickled tuple of exception classes, opened by the worker."""
     spread: bool = False
     node: int | None = None
+    """The rank that it is to run on; `NO_NODE`: one that there is not."""
     node_is_soft: bool = False
     actor: ActorOptions | None = None
+    labels: tuple[LabelRule, ...] = ()
+    """What the labels of its node must be."""
+    liked_labels: tuple[LabelRule, ...] = ()
+    """What they should be, where there is a choice."""
+    group: bytes = b""
+    """The placement group that it runs in."""
+    bundle: int = -1
+    """Which bundle of the group; -1: any."""
+    captures: bool = False
+    """What it submits runs in its group, too, unless told otherwise."""
+    environment: bytes = b""
+    """Id of the definition that holds the runtime environment; empty without one."""
+    packages: list[bytes] = []
+    """Ids of the definitions that hold what the environment has workers unpack."""
 
 
 # -------------------------------------------------------------------------------------------------------- client → raylet
@@ -216,6 +242,12 @@ class Seal(Message, tag=13):
     line: int = 0
 
 
+class Unreserve(Message, tag=30):
+    """The object of an unanswered or answered `Reserve` will not be written (the user interrupted it, or it failed)."""
+
+    id: bytes
+
+
 class AddReferences(Message, tag=14):
     """The sender unpickled references that it did not hold."""
 
@@ -261,6 +293,12 @@ class ActorReady(Message, tag=20):
 
     actor: bytes
     error: bytes | None
+
+
+class SetupFailed(Message, tag=28):
+    """The worker cannot be set up with the environment of its first work, and ends: the payload of the error."""
+
+    error: bytes
 
 
 class Unblocked(Message, tag=21):
@@ -312,9 +350,21 @@ class LaneIdle(Message, tag=27):
     lane: int
 
 
+class AwaitPlacementGroup(Message, tag=29):
+    """The sender's new object `id` comes to exist, with this payload, when the group does; with an error if it never will."""
+
+    id: bytes
+    group: bytes
+    data: bytes
+
+
+class RecallDone(Message, tag=35):
+    """A worker's answer to `Recalled`: it has none of these tasks any more."""
+
+
 # -------------------------------------------------------------------------------------------------------- raylet → client
 class Registered(Message, tag=40):
-    """First message to every client; the arena's descriptor comes with it."""
+    """First message to every client; the arena's descriptor comes with it, and for a worker that of its tokens."""
 
     rank: int
     prefix: bytes
@@ -343,6 +393,8 @@ class Run(Message, tag=42):
     arguments: bytes
     values: list[Value]
     num_returns: int
+    is_behind: bool = False
+    """It was sent behind another task: not to be started without a token."""
 
 
 class InlineObject(Message, tag=43):
@@ -445,6 +497,20 @@ class ServeLane(Message, tag=57):
     is_leased: bool
 
 
+class AssignGpus(Message, tag=59):
+    """To a worker, ahead of what it runs: these GPUs are its own, by what this environment variable calls them, or by their
+    numbers."""
+
+    variable: str
+    ids: list[str | int]
+
+
+class BindCpus(Message, tag=61):
+    """To a worker, ahead of what it runs: it is to run on these CPUs."""
+
+    cpus: list[int]
+
+
 class LaneReply(Message, tag=58):
     """Worker → driver on a lane: the payload of the call's result; None: it has to go by the raylets. The driver returns
     that None when its raylet knows of the call."""
@@ -453,9 +519,15 @@ class LaneReply(Message, tag=58):
     data: bytes | None
 
 
+class Recalled(Message, tag=65):
+    """To a worker: the raylet has taken the tokens of these tasks, which are its again. Answered by `RecallDone`."""
+
+    tasks: list[bytes]
+
+
 # -------------------------------------------------------------------------------------------------------- raylet → raylet
 class Execute(Message, tag=70):
-    """Home → executor, for a task that the GCS granted. Answered by `Finished` or `Crashed`."""
+    """Home → executor, for a task that the GCS granted. Answered by `Finished`, `Crashed` or `Returned`."""
 
     task: bytes
     attempt: int
@@ -492,6 +564,13 @@ class Crashed(Message, tag=73):
     task: bytes
     attempt: int
     error: bytes
+
+
+class Returned(Message, tag=99):
+    """Executor → home: it had no worker for the task, which was not started. Of several, the last comes first."""
+
+    task: bytes
+    attempt: int
 
 
 class Locate(Message, tag=74):
@@ -681,16 +760,22 @@ class WantLane(Message, tag=94):
 
 # ----------------------------------------------------------------------------------------------------------- raylet → GCS
 class Demand(Message, tag=100):
-    """So many tasks of this template wait at the sender (absolute; answered by `Grant`s as room comes)."""
+    """So many tasks of this template wait at the sender (absolute; answered by `Grant`s as room comes).
+
+    `near`: of these, how many have most of their arguments on which rank.
+    """
 
     template: bytes
     count: int
+    near: dict[int, int] = {}
 
 
 class Load(Message, tag=101):
-    """What the sender has free, and per template: room for more tasks and how many granted tasks arrived in all."""
+    """What the sender has free (`units`: of each GPU), and per template: room for more tasks and how many granted tasks
+    arrived in all."""
 
     available: dict[str, int]
+    units: dict[str, dict[int, int]]
     room: dict[bytes, int]
     arrived: dict[bytes, int]
 
@@ -762,6 +847,39 @@ class Ask(Message, tag=109):
     arguments: bytes
 
 
+class CreatePlacementGroup(Message, tag=111):
+    """Client → its raylet → GCS: reserve all bundles or none. State changes reach those who `WatchPlacementGroup`."""
+
+    group: bytes
+    job: bytes
+    name: str
+    namespace: str
+    strategy: str
+    bundles: list[dict[str, int]]
+    is_detached: bool
+    labels: list[list[LabelRule]]
+    """Per bundle; empty: none has any."""
+
+
+class RemovePlacementGroup(Message, tag=112):
+    """Client → its raylet → GCS: give the bundles back; what runs in them ends."""
+
+    group: bytes
+
+
+class WatchPlacementGroup(Message, tag=113):
+    """Tell the sender of this group's changes, starting with its present state."""
+
+    group: bytes
+
+
+class BundlesReserved(Message, tag=114):
+    """Answer to `ReserveBundles`: all of them, or none for want of room. Followed by `Load`, in the same frame."""
+
+    group: bytes
+    ok: bool
+
+
 class EndJob(Message, tag=110):
     """Rank 0's raylet: a driver is gone; drop its actors and demands."""
 
@@ -796,10 +914,11 @@ class ActorChanged(Message, tag=132):
 
 
 class StopActor(Message, tag=133):
-    """To the hosting raylet: end the actor's worker, now or (`drain`) after the calls it has."""
+    """To the hosting raylet: end the actor's worker, now or (`drain`) after the calls it has. `why`: half a sentence."""
 
     actor: bytes
     drain: bool
+    why: str
 
 
 class Told(Message, tag=134):
@@ -815,6 +934,27 @@ class JobEnded(Message, tag=135):
     """To every raylet: end the workers of this job."""
 
     job: bytes
+
+
+class PlacementGroupChanged(Message, tag=137):
+    """To watchers: `state` is 'pending', 'created', 'rescheduling' or 'removed' (also: never known)."""
+
+    group: bytes
+    state: str
+
+
+class ReserveBundles(Message, tag=138):
+    """To a raylet: set these bundles (by their index) aside, all or none. Answered by `BundlesReserved`."""
+
+    group: bytes
+    bundles: dict[int, dict[str, int]]
+
+
+class ReturnBundles(Message, tag=139):
+    """To a raylet: these bundles of the group (empty: all) are bundles no more; what runs in them ends."""
+
+    group: bytes
+    bundles: list[int]
 
 
 class Shutdown(Message, tag=136):
@@ -834,12 +974,14 @@ class JobConfig(msgspec.Struct):
 
 ClientMessage: TypeAlias = (
     RegisterDriver | StopJob | Define | DefineTemplate | Submit | CreateActor | Call | Get | StopGetting | Watch | PutInline
-    | Reserve | Seal | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady | Unblocked | Kill
-    | Query | OpenLane | CloseLane | LaneDone | LaneIdle
+    | Reserve | Seal | Unreserve | AddReferences | Release | Unpin | KeepForever | TaskDone | HandBack | ActorReady
+    | Unblocked | Kill | Query | OpenLane | CloseLane | LaneDone | LaneIdle | CreatePlacementGroup | RemovePlacementGroup
+    | AwaitPlacementGroup | SetupFailed | RecallDone
 )  # fmt: skip
 RayletToClient: TypeAlias = (
     Registered | Refused | Define | DefineTemplate | Run | InlineObject | StoredObject | Ready | Reserved | ReserveFailed
     | MapArena | Answer | LogLines | Exit | Exists | LaneOpened | LaneClosed | LaneWanted | ServeLane | LaneReply
+    | AssignGpus | BindCpus | Recalled
 )  # fmt: skip
 PeerMessage: TypeAlias = (
     Define | DefineTemplate | Execute | ExecuteCall | Finished | Crashed | Locate | Located | Borrow | Borrowed | Unborrow
@@ -847,6 +989,7 @@ PeerMessage: TypeAlias = (
     | RecallMapping | CopyLost
     | Survey | Surveyed | StartActor | LogLines
     | Demand | Load | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor | WatchActor
-    | Ask | EndJob | Grant | PlaceActor | ActorChanged | StopActor | Told | JobEnded | Shutdown | StartLane | EndLane
-    | LaneLost | WantLane
+    | Ask | EndJob | CreatePlacementGroup | RemovePlacementGroup | WatchPlacementGroup | BundlesReserved
+    | PlacementGroupChanged | ReserveBundles | ReturnBundles | Grant | PlaceActor | ActorChanged | StopActor | Told
+    | JobEnded | Shutdown | StartLane | EndLane | LaneLost | WantLane | Returned
 )  # fmt: skip

@@ -161,16 +161,16 @@ class HostedActors:
             self._pool.release_arguments(work)
         return work
 
-    def on_stop(self, identifier: bytes, *, drain: bool) -> None:
+    def on_stop(self, message: m.StopActor) -> None:
         """The GCS wants the actor's worker gone, now or after the calls it has."""
-        actor = self.actors.get(identifier)
+        actor = self.actors.get(message.actor)
         if actor is None:
             return
-        actor.wanted_end = "its last handle went out of scope" if drain else "it was ended by hpcray.kill()"
+        actor.wanted_end = message.why
         if actor.worker is None:
             # Still being created: it ends as soon as its worker is known to run it.
             self._end_unborn(actor)
-        elif drain:
+        elif message.drain:
             self._out.exit_worker(actor.worker)
         else:
             self._out.kill_worker(actor.worker)
@@ -203,6 +203,11 @@ class HostedActors:
             inner = payload.dependency_error(f"{cls}.__init__", error)
             actor.init_error = payload.creation_error(actor.id, cls, inner)
             self._bury(actor, actor.init_error)
+
+    def lost_its_bundle(self, work: Work) -> None:
+        """It cannot be created here: its placement group was removed meanwhile."""
+        if (actor := self.actors.get(work.actor)) is not None:
+            self._bury(actor, self._died(actor, "its placement group was removed."))
 
     def _bury(self, actor: HostedActor, error: bytes) -> None:
         del self.actors[actor.id]

@@ -108,8 +108,11 @@ class Calls:
         if reason is None and (error := dependency_error(self._table, message.dependencies)) is not None:
             cls = self._out.template(message.template).name
             reason = payload.creation_error(message.actor, cls, payload.dependency_error(f"{cls}.__init__", error))
+        template = self._out.template(message.template)
+        if reason is None and (why := self._out.why_never(template)):
+            reason = payload.system_error("ActorUnschedulableError", f"The actor is not schedulable: {why}")
         if reason is None:
-            self._out.warn_if_infeasible(self._out.template(message.template))
+            self._out.warn_if_infeasible(template)
         self._out.to_gcs(
             m.RegisterActor(message.actor, message.template, message.name, message.namespace, message.detached, reason)
         )

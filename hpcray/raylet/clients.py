@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpcray.protocol.messages import Dependency
+from hpcray.raylet.ledger import Holding
 from hpcray.store.memory import Block
 
 
@@ -44,14 +45,21 @@ class Client:
 class Worker:
     """A worker process of the pool, as the scheduler of this raylet sees it."""
 
-    __slots__ = ("actor", "client", "is_blocked", "is_lent", "job", "lease_since", "tasks", "template")
+    __slots__ = (
+        "actor", "client", "environment", "holding", "is_blocked", "is_lent", "is_recalling", "job", "lease_since", "seen",
+        "tasks", "template",
+    )  # fmt: skip
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.job = b""
         """The job whose code it has imported; it serves no other."""
+        self.environment = b""
+        """The runtime environment that it has entered, likewise, or will before its first work."""
         self.template: bytes | None = None
         """The scheduling class that it is leased to."""
+        self.holding: Holding | None = None
+        """The resources of its lease."""
         self.tasks: dict[bytes, Work] = {}
         """What was sent to it and not answered, in order: the first one runs."""
         self.is_blocked = False
@@ -59,14 +67,18 @@ class Worker:
         self.lease_since = 0.0
         self.is_lent = False
         """A driver sends it the tasks of its lease itself."""
+        self.seen = b""
+        """What it ran when it had several tasks and was looked at last."""
+        self.is_recalling = False
+        """It has not answered `Recalled`: nothing may be sent to it behind another task."""
 
 
 class Work:
     """A task, actor creation or actor call that is to run on this raylet."""
 
     __slots__ = (
-        "actor", "arguments", "arrival", "attempt", "dependencies", "error", "home", "method", "num_returns", "task",
-        "template",
+        "actor", "arguments", "arrival", "attempt", "dependencies", "error", "home", "is_awaited", "method", "num_returns",
+        "task", "template",
     )  # fmt: skip
 
     def __init__(
@@ -95,3 +107,5 @@ class Work:
         """Its place among all work that came here with arguments."""
         self.error: bytes | None = None
         """Why one of them could not be brought."""
+        self.is_awaited = False
+        """A worker waits for it."""

@@ -5,6 +5,7 @@
     Calls         actor calls of this raylet's clients          (raylet/calls.py)
     Pool          workers, and what runs on them                (raylet/pool.py)
     HostedActors  actors that live here                         (raylet/actors.py)
+    Groups        placement groups: bundles, and who waits      (raylet/groups.py)
     Lanes         drivers that speak to workers themselves      (raylet/lanes.py)
 
 Rules:
@@ -16,23 +17,29 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 from hpcray import payload
 from hpcray.exceptions import InternalError
+from hpcray.gcs.policies import matches
 from hpcray.ids import client_prefix, object_id, task_of
+from hpcray.observe.findings import Finding
 from hpcray.observe.statistics import Traffic
 from hpcray.protocol import messages as m
 from hpcray.raylet.actors import HostedActors
+from hpcray.raylet.binding import Binding
 from hpcray.raylet.calls import Calls
 from hpcray.raylet.clients import Client, Work, Worker
+from hpcray.raylet.explaining import explain
+from hpcray.raylet.groups import Groups
 from hpcray.raylet.lanes import Key, Lanes
 from hpcray.raylet.ledger import Ledger
 from hpcray.raylet.pool import Pool
 from hpcray.raylet.surveys import TOPICS, Surveys
 from hpcray.raylet.tasks import Tasks
-from hpcray.resources import Shape, as_floats
+from hpcray.resources import Shape, Units, as_floats
 from hpcray.store.allocator import Allocator
 from hpcray.store.entry import HERE, INLINE, MAPPED, SPILLED, Entry, Extent
 from hpcray.store.memory import Block
@@ -62,6 +69,8 @@ class RayletOut(Protocol):
     def show(self, lines: m.LogLines) -> None: ...
     def new_tag(self, rank: int) -> int: ...
     def join(self, worker: Client, key: Key, *, is_leased: bool) -> bool: ...
+    def add_tokens(self, worker: Client, count: int) -> None: ...
+    def take_tokens(self, worker: Client) -> int: ...
 
 
 class GcsHere(Protocol):
@@ -71,21 +80,40 @@ class GcsHere(Protocol):
     def is_waiting_for_room(self) -> bool: ...
     def on_message(self, rank: int, message: m.PeerMessage) -> None: ...
     def end_turn(self, now: float) -> None: ...
+    def explain(self, asked: str) -> list[Finding]: ...
 
 
+@dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """What every rank knows of every other from the boot on."""
+    """What every rank knows of every other from the boot on.
 
-    __slots__ = ("arena_size", "host", "machine", "pid", "rank", "resources")
+    Attributes:
+        machine: Ranks with the same one can map each other's memory.
+        resources: What it offers, in fixed point.
+        arena_size: Bytes.
+        labels: By key.
+        gpus: The GPUs that it offers, as `gpu_variable` names them, in the order in which programs number them. Empty if it was
+            only told how many there are: their names are then "0", "1", and so on.
+        gpu_variable: The environment variable that tells a process which GPUs to use.
+        switch: The switches that lead to it, outermost first; empty if nobody tells.
+        cpus: The CPUs of its host that are its own; empty if there are none that no other rank or job may be using.
+    """
 
-    def __init__(self, rank: int, host: str, machine: str, pid: int, resources: Shape, arena_size: int) -> None:
-        self.rank = rank
-        self.host = host
-        self.machine = machine
-        """Ranks with the same one can map each other's memory."""
-        self.pid = pid
-        self.resources = resources
-        self.arena_size = arena_size
+    rank: int
+    host: str
+    machine: str
+    pid: int
+    resources: Shape
+    arena_size: int
+    labels: dict[str, str] = field(default_factory=dict)
+    gpus: list[str] = field(default_factory=list)
+    gpu_variable: str = "CUDA_VISIBLE_DEVICES"
+    switch: tuple[str, ...] = ()
+    cpus: tuple[int, ...] = ()
+
+    def gpu(self, number: int) -> str | int:
+        """What `gpu_variable` calls one of its GPUs; the number itself where they have no names."""
+        return self.gpus[number] if self.gpus else number
 
 
 class RayletCore:
@@ -98,6 +126,7 @@ class RayletCore:
         arena_start: First offset of the arena that objects may use.
         inline_limit: Bytes up to which objects ride in messages.
         store_timeout: Seconds without anything coming free, after which who waits for room is told that there is none.
+        binding: Where its workers run; None: wherever the system likes.
         out: The way out.
     """
 
@@ -111,6 +140,7 @@ class RayletCore:
         inline_limit: int,
         store_timeout: float,
         out: RayletOut,
+        binding: Binding | None = None,
     ) -> None:
         me = nodes[rank]
         self.rank = rank
@@ -132,8 +162,9 @@ class RayletCore:
         self.memory = self.table.memory
         self.transfers = self.table.transfers
         self.ledger = Ledger(me.resources)
-        self.pool = Pool(self.ledger, self.table, self)
+        self.pool = Pool(self.ledger, self.table, self, binding)
         self.tasks = Tasks(self.table, self.pool, self)
+        self.groups = Groups(self.pool, self.tasks, self.table, self)
         self.calls = Calls(self.table, self)
         self.hosted = HostedActors(self.pool, self)
         self.lanes = Lanes(self.pool, self.tasks, self.calls, self.hosted, self)
@@ -141,7 +172,7 @@ class RayletCore:
         """Messages of this rank to itself; handled before the turn ends."""
         self._reported: m.Load | None = None
         self.report_due: float | None = None
-        """When a report that could wait has to be made: `end_turn` is to be called then."""
+        """When a report that could wait has to be made."""
         self._granted_classes: dict[bytes, int] = {}
         self._warned: set[bytes] = set()
         self.gcs: GcsHere | None = None
@@ -149,13 +180,17 @@ class RayletCore:
         self._from_client: dict[type, Callable[[Client, Any], None]] = {
             m.Submit: self._on_submit, m.TaskDone: self._on_task_done, m.Get: self._on_get, m.Release: self._on_release,
             m.Call: self._on_call, m.Watch: self._on_watch, m.StopGetting: self._on_stop_getting,
-            m.PutInline: self._on_put_inline, m.Reserve: self._on_reserve, m.Seal: self._on_seal,
+            m.PutInline: self._on_put_inline, m.Reserve: self._on_reserve, m.Seal: self._on_seal, m.Unreserve: self._on_unreserve,
             m.AddReferences: self._on_add_references, m.Unpin: self._on_unpin, m.KeepForever: self._on_keep_forever,
             m.HandBack: self._on_hand_back, m.Unblocked: self._on_unblocked, m.ActorReady: self._on_actor_ready,
             m.CreateActor: self._on_create_actor, m.Kill: self._on_kill, m.Query: self._on_query,
             m.Define: self._on_client_define, m.DefineTemplate: self._on_client_define,
             m.OpenLane: self.lanes.on_open, m.CloseLane: self.lanes.on_close, m.LaneDone: self._on_lane_done,
-            m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
+            m.RecallDone: self._on_recall_done, m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
+            m.CreatePlacementGroup: lambda _, x: self.to_gcs(x),
+            m.RemovePlacementGroup: lambda _, x: self.groups.on_remove(x),
+            m.AwaitPlacementGroup: self._on_await_group,
+            m.SetupFailed: self._on_setup_failed,
         }  # fmt: skip
         self._from_peer: dict[type, Callable[[int, Any], None]] = {
             m.Execute: self._on_execute, m.ExecuteCall: self._on_execute_call, m.Finished: self._on_finished,
@@ -169,8 +204,8 @@ class RayletCore:
             m.MapObject: lambda rank, x: self.transfers.on_map(x.id, rank, x.urgency),
             m.ObjectMapped: lambda rank, x: self.transfers.pulls.on_mapped(x, rank),
             m.UnmapObject: lambda rank, x: self.transfers.on_unmap(x.id, rank),
-            m.RecallMapping: lambda rank, x: self.table.on_recall(x.id, rank),
-            m.CopyLost: lambda rank, x: self.table.on_copy_lost(x, rank),
+            m.RecallMapping: lambda rank, x: self.table.pressure.on_recall(x.id, rank),
+            m.CopyLost: lambda rank, x: self.table.pressure.on_copy_lost(x, rank),
             m.PullFailed: lambda rank, x: self.transfers.pulls.on_pull_failed(x, rank),
             m.PullFrom: lambda rank, x: self.transfers.pulls.on_redirected(x, rank),
             m.HastenPull: lambda rank, x: self.transfers.on_hasten(x, rank),
@@ -179,8 +214,12 @@ class RayletCore:
             m.Define: lambda _, x: self.define(x), m.DefineTemplate: lambda _, x: self.define(x),
             m.Grant: lambda _, x: self.tasks.on_grant(x), m.PlaceActor: lambda _, x: self.calls.on_place(x),
             m.ActorChanged: lambda _, x: self.calls.on_changed(x),
-            m.StopActor: lambda _, x: self.hosted.on_stop(x.actor, drain=x.drain), m.Told: self._on_told,
+            m.StopActor: lambda _, x: self.hosted.on_stop(x), m.Told: self._on_told,
             m.JobEnded: self._on_job_ended, m.StartLane: self.lanes.on_start, m.EndLane: self.lanes.on_end,
+            m.PlacementGroupChanged: lambda _, x: self.groups.on_changed(x.group, x.state),
+            m.ReserveBundles: lambda _, x: self.groups.on_reserve(x), m.ReturnBundles: lambda _, x: self.groups.on_return(x),
+            m.Returned: self.tasks.on_returned,
+            m.LogLines: lambda _, x: self._out.show(x),
             m.LaneLost: lambda _, x: self.lanes.on_lost(x), m.WantLane: lambda _, x: self.lanes.on_wanted(x.client, x.lane),
         }  # fmt: skip
 
@@ -280,7 +319,10 @@ class RayletCore:
     def _definitions(self, identifier: bytes, known: set[bytes]) -> list[m.Define | m.DefineTemplate]:
         template = self.templates[identifier]
         messages: list[m.Define | m.DefineTemplate] = []
-        for blob in (template.job, template.function):
+        needed = [template.job, template.function]
+        if template.environment:
+            needed += [template.environment, *template.packages]
+        for blob in needed:
             if blob not in known:
                 known.add(blob)
                 messages.append(m.Define(blob, self.blobs[blob]))
@@ -288,20 +330,52 @@ class RayletCore:
         messages.append(m.DefineTemplate(identifier, template))
         return messages
 
+    def suits(self, template: m.Template) -> bool:
+        """Whether this node is one of those that a class asks for; of a preference, whether nobody can have a better one."""
+        me = self.nodes[self.rank]
+        if not matches(template.labels, me.labels):
+            return False
+        if self.is_alone and (template.node is None or template.node_is_soft):
+            return True
+        return template.node in (None, self.rank) and matches(template.liked_labels, me.labels)
+
+    def why_never(self, template: m.Template) -> str:
+        """Why a class that is bound to one node can never run, as a sentence for people; empty if it is not, or can."""
+        if template.node is None or template.node_is_soft:
+            return ""
+        bound = f"{template.name} is bound to a node by NodeAffinitySchedulingStrategy(soft=False)"
+        if not 0 <= template.node < len(self.nodes):
+            return f"{bound}, but there is no such node in this job. Take one of hpcray.nodes(), or soft=True"
+        node = self.nodes[template.node]
+        shape = _asked(template)
+        if not _has(node, shape):
+            most = {name: node.resources.get(name, 0) for name in shape}
+            return f"{bound} that has {as_floats(most)} in all, but needs {as_floats(shape)}. Ask for less, or take soft=True"
+        if not matches(template.labels, node.labels):
+            return f"{bound} that has not the labels that it asks for, too"
+        return ""
+
     def warn_if_infeasible(self, template: m.Template) -> None:
         """Tell drivers, once per class, of a demand that no node of the job can ever meet."""
-        shape = template.actor.placement if template.actor and template.actor.placement else template.resources
-        if any(all(node.resources.get(k, 0) >= v for k, v in shape.items()) for node in self.nodes):
+        if template.group:
+            return  # its bundles were checked when it was called
+        shape = _asked(template)
+        labelled = [node for node in self.nodes if matches(template.labels, node.labels)]
+        if any(_has(node, shape) for node in labelled):
             return
-        key = template.function + repr(sorted(shape.items())).encode()
+        key = template.function + repr((sorted(shape.items()), template.labels)).encode()
         if key not in self._warned:
             self._warned.add(key)
-            most = {name: max(n.resources.get(name, 0) for n in self.nodes) for name in shape}
-            text = (
-                f"{template.name} needs {as_floats(shape)}, but no node of this job has more than {as_floats(most)}: "
-                "it will wait for ever. Ask for less, or give the job more (e.g. --num-cpus, --resources)."
+            most = {name: max((n.resources.get(name, 0) for n in labelled), default=0) for name in shape}
+            if labelled:
+                kind = "with the labels that it asks for " if template.labels else "of this job "
+                why = f"needs {as_floats(shape)}, but no node {kind}has more than {as_floats(most)}"
+            else:
+                why = "asks for labels that no node of this job has"
+            self.notify(
+                f"{template.name} {why}: it will wait for ever. Ask for less, or give the job more (e.g. --num-cpus, "
+                "--resources, --labels)."
             )
-            self.notify(text)
 
     def notify(self, text: str) -> None:
         """Show a line to the users of all drivers."""
@@ -385,9 +459,9 @@ class RayletCore:
                 self.memory.unpin(block)
         for block in client.reserved.values():
             self.memory.abandon(block)
-        for identifier in client.held:
+        held, client.held = client.held, set()
+        for identifier in held:
             self.references.drop(identifier)
-        client.held.clear()
         if client.is_driver:
             self.lanes.on_client_gone(client)
 
@@ -436,7 +510,7 @@ class RayletCore:
                 return
             client.reserving.discard(message.id)
             if block is None:
-                error = payload.system_error("ObjectStoreFullError", self.table.why_full(message.size))
+                error = payload.system_error("ObjectStoreFullError", self.table.pressure.why_full(message.size))
                 self._out.to_client(client, m.ReserveFailed(message.id, error))
             else:
                 client.reserved[message.id] = block
@@ -453,6 +527,12 @@ class RayletCore:
             entry.maker = (message.file, message.line)
         client.held.add(message.id)
         self.table.set_here(message.id, block, message.nested)
+
+    def _on_unreserve(self, client: Client, message: m.Unreserve) -> None:
+        client.reserving.discard(message.id)
+        block = client.reserved.pop(message.id, None)
+        if block is not None:
+            self.memory.abandon(block)
 
     def _on_unpin(self, client: Client, message: m.Unpin) -> None:
         for identifier in message.ids:
@@ -478,11 +558,17 @@ class RayletCore:
                 self.surveys.misses += is_spilled
                 client.wanted.add(identifier)
         if message.blocks:
-            self._block_if_waiting(client)
+            self._block_if_waiting(client, message.ids)
 
-    def _block_if_waiting(self, client: Client) -> None:
+    def _block_if_waiting(self, client: Client, identifiers: list[bytes]) -> None:
         if client.worker is not None and (client.wanted or client.watched):
             self.pool.on_blocked(client.worker)
+            self.tasks.hasten([i for i in reversed(identifiers) if i in client.wanted or i in client.watched])
+
+    def _unblock_if_served(self, client: Client) -> None:
+        # The worker says so itself when it goes on. Until then something new would take its CPU, and might block in turn.
+        if client.worker is not None and not client.wanted and not client.watched:
+            self.pool.on_unblocked(client.worker)
 
     def _deliver_wanted(self, client: Client, identifier: bytes, error: bytes | None) -> None:
         if identifier not in client.wanted:
@@ -494,6 +580,7 @@ class RayletCore:
             entry = self.table.entries[identifier]
             self.surveys.misses += entry.state == HERE and not entry.is_primary
             self._send_object(client, entry)
+        self._unblock_if_served(client)
 
     def _send_object(self, client: Client, entry: Entry) -> None:
         if entry.state == INLINE:
@@ -534,7 +621,7 @@ class RayletCore:
                 client.watched.add(identifier)
         if ready:
             self._out.to_client(client, m.Ready(ready))
-        self._block_if_waiting(client)
+        self._block_if_waiting(client, message.ids)
 
     def _tell_ready(self, client: Client, identifier: bytes) -> None:
         if identifier in client.watched:
@@ -556,11 +643,13 @@ class RayletCore:
 
     def _hold_returns(self, client: Client, task: bytes, count: int) -> None:
         for index in range(1, count + 1):
-            identifier = object_id(task, index)
-            client.held.add(identifier)
-            # A driver gets its results as they come: it need not ask, and its reader thread takes them in.
-            if client.is_driver and self.table.when_exists(identifier, partial(self._push, client, identifier)):
-                self._push(client, identifier)
+            self._hold_return(client, object_id(task, index))
+
+    def _hold_return(self, client: Client, identifier: bytes) -> None:
+        client.held.add(identifier)
+        # A driver gets its results as they come: it need not ask, and its reader thread takes them in.
+        if client.is_driver and self.table.when_exists(identifier, partial(self._push, client, identifier)):
+            self._push(client, identifier)
 
     def _push(self, client: Client, identifier: bytes) -> None:
         if identifier in client.held:
@@ -569,6 +658,10 @@ class RayletCore:
                 self._out.to_client(client, m.InlineObject(identifier, entry.data))
             else:
                 self._out.to_client(client, m.Exists([identifier]))
+
+    def _on_await_group(self, client: Client, message: m.AwaitPlacementGroup) -> None:
+        self.groups.on_await(message)
+        self._hold_return(client, message.id)
 
     def _on_create_actor(self, client: Client, message: m.CreateActor) -> None:
         client.held.add(object_id(message.actor, 0))
@@ -595,8 +688,27 @@ class RayletCore:
             return
         for task in message.tasks:
             if (work := worker.tasks.get(task)) is not None:
-                self._on_unpin(client, m.Unpin([d.id for d in work.dependencies if isinstance(d, m.RemoteDependency)]))
+                self._unpin_arguments(client, work)
         self.pool.on_handed_back(worker, message.tasks)
+
+    def _unpin_arguments(self, client: Client, work: Work) -> None:
+        self._on_unpin(client, m.Unpin([d.id for d in work.dependencies if isinstance(d, m.RemoteDependency)]))
+
+    def add_tokens(self, worker: Worker, count: int) -> None:
+        self._out.add_tokens(worker.client, count)
+
+    def take_tokens(self, worker: Worker) -> int:
+        return self._out.take_tokens(worker.client)
+
+    def recalled(self, worker: Worker, works: list[Work]) -> None:
+        """Tell a worker that these are no longer its."""
+        for work in works:
+            self._unpin_arguments(worker.client, work)
+        self._out.to_client(worker.client, m.Recalled([work.task for work in works]))
+
+    def _on_recall_done(self, client: Client, message: m.RecallDone) -> None:
+        if client.worker is not None:
+            client.worker.is_recalling = False
 
     # ------------------------------------------------------------------------------------------------------ executing
     def _on_execute(self, home: int, message: m.Execute) -> None:
@@ -612,15 +724,14 @@ class RayletCore:
     def _on_execute_call(self, home: int, message: m.ExecuteCall) -> None:
         self.hosted.on_call(message, home)
 
-    def run(self, worker: Worker, work: Work, values: list[m.Value]) -> None:
+    def run(self, worker: Worker, work: Work, values: list[m.Value], *, is_behind: bool = False) -> None:
         """Send work to a worker, with the definitions that it lacks."""
         client = worker.client
         template = work.template
         if template and template not in client.known:
             self._push_to_worker(worker, template)
-        self._out.to_client(
-            client, m.Run(work.task, template, work.actor, work.method, work.arguments, values, work.num_returns)
-        )
+        run = m.Run(work.task, template, work.actor, work.method, work.arguments, values, work.num_returns, is_behind)
+        self._out.to_client(client, run)
 
     def _push_to_worker(self, worker: Worker, template: bytes) -> None:
         client = worker.client
@@ -638,6 +749,21 @@ class RayletCore:
             self._push_to_worker(worker, template)
         return self._out.join(worker.client, key, is_leased=bool(template))
 
+    def bind(self, worker: Worker, cpus: list[int]) -> None:
+        """Tell a worker where to run."""
+        self._out.to_client(worker.client, m.BindCpus(cpus))
+
+    def assign(self, worker: Worker, units: Units) -> None:
+        """Tell a worker which of this node's GPUs are its own; none, if so."""
+        me = self.nodes[self.rank]
+        ids = [me.gpu(number) for number in units.get("GPU", ())]
+        self._out.to_client(worker.client, m.AssignGpus(me.gpu_variable, ids))
+
+    def watch_group(self, group: bytes) -> bool:
+        """Whether something may run in a placement group, some time; from now on this raylet hears of its changes."""
+        self.groups.watch(group)
+        return not self.groups.is_removed(group)
+
     def stored_value(self, worker: Worker, entry: Entry) -> m.StoredValue:
         return self.pin_for(worker.client, entry)
 
@@ -647,6 +773,14 @@ class RayletCore:
             self.hosted.could_not_start(work, error)
         else:
             self._report_crash(work, error)
+
+    def lost_its_bundle(self, work: Work) -> None:
+        """Its placement group was removed after it had been sent here."""
+        if work.actor:
+            self.hosted.lost_its_bundle(work)
+        else:
+            spec = self.templates[work.template]
+            self._report_crash(work, payload.group_removed(spec.group, spec.name))
 
     def _report_crash(self, work: Work, error: bytes) -> None:
         if work.home != self.rank:
@@ -727,6 +861,27 @@ class RayletCore:
             raise InternalError("a driver reported an actor")
         self.hosted.on_started(client.worker, message)
 
+    def _on_setup_failed(self, client: Client, message: m.SetupFailed) -> None:
+        # What it was given fails at once: another worker would fail likewise, and retries are for crashes.
+        worker = client.worker
+        if worker is None:
+            raise InternalError("a driver reported that it could not be set up")
+        for work in list(worker.tasks.values()):
+            if work.actor:
+                self.hosted.on_started(worker, m.ActorReady(work.actor, message.error))
+                continue
+            del worker.tasks[work.task]
+            self.pool.release_arguments(work)
+            results: list[m.Result] = [m.InlineResult(message.error, [])] * self.templates[work.template].num_returns
+            done = m.TaskDone(work.task, results, failed=True, retry=False, seconds=0.0)
+            if work.home == self.rank:
+                self._finish_here(client, work, done)
+            else:
+                self._finish_away(client, work, done)
+        self.lanes.on_worker_gone(worker, message.error)
+        self.on_client_gone(client, "its runtime environment could not be set up")
+        self._out.kill_client(client)
+
     # ------------------------------------------------------------------------------------------------ other peers' news
     def _on_borrow(self, rank: int, message: m.Borrow) -> None:
         self.references.on_borrow(message.id, message.borrower)
@@ -763,6 +918,10 @@ class RayletCore:
     def _on_told(self, rank: int, message: m.Told) -> None:
         self.answer(message.client, m.Answer(message.number, message.ok, message.payload))
 
+    def explain(self, asked: str) -> list[Finding]:
+        """What is known here of something that a user asks about; on rank 0, the GCS's knowledge included."""
+        return explain(self, asked) + (self.gcs.explain(asked) if self.gcs is not None else [])
+
     def answer(self, client: int, answer: m.Answer) -> None:
         """Bring a client the answer to its query, if it still lives."""
         if (asker := self.clients.get(client)) is not None:
@@ -786,10 +945,19 @@ class RayletCore:
         handler(rank, message)
         return True
 
+    @property
+    def next_due(self) -> float | None:
+        """When `end_turn` is to be called even if nothing happens until then; None: not at all."""
+        pool = self.pool
+        dues = (self.table.pressure.next_expiry, self.report_due, pool.look_due, pool.return_due)
+        return min((due for due in dues if due is not None), default=None)
+
     def end_turn(self, now: float) -> None:
         """Place, dispatch and report what this turn changed, until nothing is left to do inside this rank."""
         self.now = now
         tasks, pool = self.tasks, self.pool
+        if pool.look_due is not None and pool.look_due <= now:
+            pool.look_behind(now)
         while True:
             self.table.end_turn(now)
             if self.surveys.asked:
@@ -800,8 +968,10 @@ class RayletCore:
                 pool.dispatch(now)
             if self.memory.stands_still:
                 pool.arguments.make_way()
-            if pool.end_idle_leases() and (pool.ready or tasks.queues):
+            if pool.end_idle_leases() and (pool.has_work or tasks.queues):
                 continue  # what they held may be just what others wait for
+            if not self.is_alone and pool.is_short and self._return_overdue(now):
+                continue
             self._report_load()
             if self.gcs is not None:
                 self.gcs.end_turn(now)
@@ -812,6 +982,18 @@ class RayletCore:
             messages, self._loopback = self._loopback, []
             for message in messages:
                 self.on_peer_message(self.rank, message)
+        pool.add_tokens()
+
+    def _return_overdue(self, now: float) -> bool:
+        """Give back to their homes what other ranks may run earlier. True if some of it is of this rank."""
+        returned = self.pool.take_overdue(now)
+        for work in reversed(returned):
+            message = m.Returned(work.task, work.attempt)
+            if work.home == self.rank:
+                self.tasks.on_returned(self.rank, message)
+            else:
+                self._out.send(work.home, message)
+        return any(work.home == self.rank for work in returned)
 
     def _free_lanes(self) -> None:
         # What waits still, at the end of a turn, waits for resources.
@@ -831,13 +1013,20 @@ class RayletCore:
 
     def _load(self) -> m.Load:
         room = {template: self.pool.room(template) for template in self._granted_classes}
-        return m.Load(dict(self.ledger.free), room, dict(self._granted_classes))
+        units = {name: dict(each) for name, each in self.ledger.free_units.items()}
+        return m.Load(dict(self.ledger.free), units, room, dict(self._granted_classes))
 
     def _report_load(self) -> None:
         if self.is_alone and not self.gcs_wants_load:
             return  # there is nobody whose tasks could be sent here
         reported = self._reported
-        if not self._granted_classes and reported is not None and reported.available == self.ledger.free:
+        if (
+            not self._granted_classes
+            and reported is not None
+            and reported.available == self.ledger.free
+            and reported.units == self.ledger.free_units
+        ):
+            self.report_due = None
             return  # as on a head that only has a driver
         load = self._load()
         if load == reported:
@@ -857,6 +1046,10 @@ class RayletCore:
         self._reported = load
         self._out.send(0, load)
 
+    def report_load(self) -> None:
+        """At the end of this turn, whatever was reported before."""
+        self._reported = None
+
     def check(self) -> None:
         """Raise InternalError if any part disagrees with another. Slow: tests and HPCRAY_CHECK=1."""
         self.table.check()
@@ -872,6 +1065,14 @@ class RayletCore:
                 raise InternalError(
                     f"rank {self.rank}: {count} clients hold {identifier.hex()}, which the table disputes"
                 )
+
+
+def _asked(template: m.Template) -> Shape:
+    return template.actor.placement if template.actor and template.actor.placement else template.resources
+
+
+def _has(node: NodeInfo, shape: Shape) -> bool:
+    return all(node.resources.get(name, 0) >= amount for name, amount in shape.items())
 
 
 def _offers_more(load: m.Load, reported: m.Load) -> bool:

@@ -28,12 +28,12 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import msgspec
 
+from hpcray.environments import places
 from hpcray.launcher.environment import DRIVER_SOCKET, THREAD_VARIABLES, driver_socket_value
 from hpcray.raylet.descendants import (
     adopt_orphans,
@@ -46,6 +46,7 @@ from hpcray.raylet.descendants import (
     set_process_name,
 )
 from hpcray.raylet.leftovers import JobTraces, remove_mpi_leftovers
+from hpcray.worker.process import become_worker, exit_after
 
 
 class SpawnWorker(msgspec.Struct, tag=1, array_like=True):
@@ -177,9 +178,10 @@ class Server:
                 return seat
 
     def end(self) -> None:
-        """End every descendant and remove what the rank's MPI has left. Blocks, mostly for milliseconds."""
+        """End every descendant, remove what they unpacked and what the rank's MPI has left. Blocks, mostly for milliseconds."""
         self._end_children()
         remove_mpi_leftovers(self._traces)
+        places.clean_up()
 
     def _end_children(self) -> None:
         for pid in self._drivers:
@@ -335,9 +337,7 @@ def _sit_down(seat: WorkerSeat) -> socket.socket:
     close_inherited(seat.sock)
     for signum in (*_IGNORED, signal.SIGCHLD):
         signal.signal(signum, signal.SIG_DFL)
-    # A handler, not SIG_IGN: what a task starts by exec gets the default back.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    set_process_name("hpcray:worker")
+    become_worker()
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:  # Python's `random` reseeds itself after a fork, this one does not
         numpy_random.seed()
@@ -345,24 +345,8 @@ def _sit_down(seat: WorkerSeat) -> socket.socket:
     return socket.socket(fileno=seat.sock)
 
 
-def _work(seat: WorkerSeat, run_worker: Callable[[socket.socket], None]) -> None:
-    code = 1
-    try:
-        sock = _sit_down(seat)
-        run_worker(sock)
-        code = 0
-    except SystemExit as ended:  # of a task's; quiet, as the interpreter takes it
-        if ended.code is None or isinstance(ended.code, int):
-            code = ended.code or 0
-        else:
-            print(ended.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+def _work(seat: WorkerSeat, run_worker: Callable[[socket.socket], None]) -> NoReturn:
+    exit_after(lambda: run_worker(_sit_down(seat)))
 
 
 def _preload(worker: str) -> Callable[[socket.socket], None]:

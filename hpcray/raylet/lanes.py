@@ -40,6 +40,7 @@ class LanesOut(Protocol):
     def send(self, rank: int, message: m.PeerMessage) -> None: ...
     def share_host(self, rank: int, other: int) -> bool: ...
     def push_definitions(self, rank: int, template: bytes) -> None: ...
+    def template(self, identifier: bytes) -> m.Template: ...
     def tell(self, client: Client, message: m.RayletToClient) -> None: ...
     def join(self, worker: Worker, key: Key, template: bytes) -> bool: ...
 
@@ -78,10 +79,7 @@ class Lanes:
     def on_open(self, client: Client, message: m.OpenLane) -> None:
         """A driver asks for a lane."""
         out = self._out
-        if message.actor:
-            rank = self._calls.rank_of(message.actor)
-        else:
-            rank = out.rank if self._pool.has_slot(message.template) else self._tasks.ran_on.get(message.template)
+        rank = self._calls.rank_of(message.actor) if message.actor else self._rank_for(message.template)
         if rank is None or not out.share_host(rank, out.rank):
             out.tell(client, m.LaneClosed(message.lane, None))
             return
@@ -93,6 +91,12 @@ class Lanes:
             self.on_start(rank, start)
         else:
             out.send(rank, start)
+
+    def _rank_for(self, template: bytes) -> int | None:
+        spec = self._out.template(template)
+        if self._tasks.may_stay(spec) and self._pool.has_slot(template):
+            return self._out.rank
+        return None if spec.spread else self._tasks.ran_on.get(template)
 
     def on_close(self, client: Client, message: m.CloseLane) -> None:
         """The driver has done with the lane."""

@@ -30,6 +30,7 @@ from hpcray.launcher.mpirun import STOP_SIGNAL
 from hpcray.observe.logfiles import LogFiles
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import FrameError, decode_from_peer, encode
+from hpcray.raylet.binding import Binding
 from hpcray.raylet.channel import Channel
 from hpcray.raylet.clients import Client
 from hpcray.raylet.core import NodeInfo, RayletCore
@@ -72,6 +73,7 @@ class RankServer:
         config: The settings.
         spill_dir: Directory for objects that do not fit into memory.
         log_dir: Directory for full logs, or None.
+        binding: Where workers run; None: wherever the system likes.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class RankServer:
         config: Config,
         spill_dir: str,
         log_dir: str | None,
+        binding: Binding | None,
     ) -> None:
         self.rank = rank
         self.nodes = nodes
@@ -121,6 +124,7 @@ class RankServer:
             inline_limit=config.inline_limit,
             store_timeout=config.store_timeout,
             out=self,
+            binding=binding,
         )
         self.gcs: GcsCore | None = None
         if rank == 0:
@@ -180,8 +184,7 @@ class RankServer:
             core.end_turn(self.loop.now)
             if self._config.check:
                 core.check()
-            self._set_timer(core.table.next_expiry)
-            self._set_timer(core.report_due)
+            self._set_timer(core.next_due)
         for channel in self._dirty:
             channel.flush()
         self._dirty.clear()
@@ -222,6 +225,8 @@ class RankServer:
             channel.outbox.append(message)
             if isinstance(message, m.Registered):
                 channel.descriptors.append(self.arena.fd)
+                if client.worker is not None:
+                    channel.descriptors.append(self.workers.tokens_of(client))
             self._dirty.add(channel)
 
     def send_arena(self, client: Client, rank: int) -> None:
@@ -233,6 +238,12 @@ class RankServer:
 
     def kill_client(self, client: Client) -> None:
         self.workers.kill(client)
+
+    def add_tokens(self, worker: Client, count: int) -> None:
+        self.workers.add_tokens(worker, count)
+
+    def take_tokens(self, worker: Client) -> int:
+        return self.workers.take_tokens(worker)
 
     def new_tag(self, rank: int) -> int:
         assert self.transport is not None
@@ -348,9 +359,7 @@ class RankServer:
         self._has_news = True
         core, gcs = self.core, self.gcs
         for message in decode_from_peer(frame):
-            if isinstance(message, m.LogLines):
-                self.show(message)
-            elif isinstance(message, m.Shutdown):
+            if isinstance(message, m.Shutdown):
                 self.exit_code = message.code
                 self.loop.stop()
             elif not core.on_peer_message(source, message):

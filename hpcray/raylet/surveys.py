@@ -7,9 +7,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from heapq import nlargest
-from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -17,12 +16,12 @@ import msgspec
 from hpcray import payload
 from hpcray.exceptions import InternalError
 from hpcray.ids import client_of, home_of, index_of
+from hpcray.observe.findings import Finding
 from hpcray.observe.statistics import Amount, ObjectReport, ObjectsWanted, StoreStatistics, Traffic
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Client
 from hpcray.store.allocator import Allocator
 from hpcray.store.entry import AWAY, HERE, INLINE, MAPPED, PENDING, SPILLED, Entry
-from hpcray.store.memory import Block
 from hpcray.store.table import ObjectTable
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 
 _STATES = {PENDING: "pending", INLINE: "inline", MAPPED: "mapped", AWAY: "elsewhere", SPILLED: "spilled"}
 
-STATISTICS, OBJECTS = "store_statistics", "objects"
-TOPICS = (STATISTICS, OBJECTS)
+STATISTICS, OBJECTS, EXPLAIN = "store_statistics", "objects", "explain"
+TOPICS = (STATISTICS, OBJECTS, EXPLAIN)
 """Topics of `Query` that are surveys."""
 
 
@@ -42,6 +41,7 @@ class SurveysOut(Protocol):
     def answer(self, client: int, answer: m.Answer) -> None: ...
     def client_name(self, client: Client) -> str: ...
     def template(self, identifier: bytes) -> m.Template: ...
+    def explain(self, asked: str) -> list[Finding]: ...
 
 
 class Surveys:
@@ -97,9 +97,11 @@ class Surveys:
         """Send what this raylet has to say."""
         asked, self.asked = self.asked, []
         for rank, survey in asked:
-            answer: StoreStatistics | list[ObjectReport]
+            answer: StoreStatistics | list[ObjectReport] | list[Finding]
             if survey.topic == STATISTICS:
                 answer = self.statistics(now)
+            elif survey.topic == EXPLAIN:
+                answer = self._out.explain(msgspec.msgpack.decode(survey.arguments, type=str))
             else:
                 answer = self.report(msgspec.msgpack.decode(survey.arguments, type=ObjectsWanted))
             self._out.send(rank, m.Surveyed(survey.client, survey.number, msgspec.msgpack.encode(answer)))
@@ -123,11 +125,11 @@ class Surveys:
                 if block.pins:
                     pinned[block.offset] = size
             count(self._state(entry), size)
-        freed = {block.offset: self._allocator.size_of(block.offset) for block in self._looked_at() if block.dead}
-        spiller = self._table.spiller
+        freed = [self._allocator.size_of(offset) for offset in self._table.memory.freed]
+        spiller = self._table.pressure.spiller
         states = {state: Amount(*amount) for state, amount in amounts.items()}
         primary, secondary, unused = (states.get(state, Amount()) for state in ("primary", "copy", "unused"))
-        freed_bytes = sum(freed.values())
+        freed_bytes = sum(freed)
         return StoreStatistics(
             rank=self._rank,
             host=self._nodes[self._rank].host,
@@ -157,12 +159,6 @@ class Surveys:
         """Raise InternalError if objects have more memory than there is in blocks. Slow: tests and HPCRAY_CHECK=1."""
         if (writing := self.statistics(0.0).writing) < 0:
             raise InternalError(f"rank {self._rank}: objects have {-writing} bytes more than the blocks of the arena")
-
-    def _looked_at(self) -> Iterator[Block]:
-        """Blocks of this arena that a client or another rank has pinned, some of them several times."""
-        pins = chain.from_iterable(client.pins.values() for client in self._clients.values())
-        mapped = (block for _, block in self._table.transfers.mapped_out())
-        return (block for block in chain(chain.from_iterable(pins), mapped) if block.rank == self._rank)
 
     def _state(self, entry: Entry) -> str:
         if entry.state != HERE:

@@ -5,22 +5,23 @@ pool has room, else on the rank that the GCS grants. Its home keeps the spec unt
 attempt and not the task.
 
 Rules:
-  1. A task is in exactly one place: waiting for arguments, in a queue, or running with an attempt number.
+  1. A task is in exactly one place: waiting for arguments, in a queue, or running with an attempt number. A rank that had
+     no worker for it gives it back unstarted: that makes a new attempt, and costs no retry.
   2. A reply with another attempt number than the task's present one is ignored, and what it brought is let go.
   3. References in arguments are held from `Submit` until the returns exist.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from hpcray import payload
-from hpcray.ids import object_id
+from hpcray.ids import object_id, task_of
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work
 from hpcray.raylet.pool import Pool
+from hpcray.raylet.queues import ClassQueue
 from hpcray.store.entry import HERE, INLINE, SPILLED
 from hpcray.store.references import References
 from hpcray.store.table import ObjectTable
@@ -39,7 +40,10 @@ class TasksOut(Protocol):
     def push_definitions(self, rank: int, template: bytes) -> None: ...
     def template(self, identifier: bytes) -> m.Template: ...
     def count_arrival(self, template: bytes) -> None: ...
+    def suits(self, template: m.Template) -> bool: ...
+    def why_never(self, template: m.Template) -> str: ...
     def warn_if_infeasible(self, template: m.Template) -> None: ...
+    def watch_group(self, group: bytes) -> bool: ...
 
 
 class Task:
@@ -50,12 +54,15 @@ class Task:
         "attempt",
         "dependencies",
         "id",
+        "is_awaited",
+        "is_dropped",
         "missing",
         "nested",
         "num_returns",
         "retries",
         "runs_on",
         "template",
+        "work",
     )
 
     def __init__(self, message: m.Submit, template: m.Template) -> None:
@@ -69,6 +76,12 @@ class Task:
         self.attempt = 0
         self.missing = 0
         self.runs_on = NOWHERE
+        self.work: Work | None = None
+        """While it is with the pool of this rank."""
+        self.is_awaited = False
+        """A worker here waits for it."""
+        self.is_dropped = False
+        """Its job has ended."""
 
 
 class Tasks:
@@ -80,7 +93,7 @@ class Tasks:
         self._pool = pool
         self._out = out
         self.tasks: dict[bytes, Task] = {}
-        self.queues: dict[bytes, deque[Task]] = {}
+        self.queues: dict[bytes, ClassQueue[Task]] = {}
         self.ran_on: dict[bytes, int] = {}
         """Per class, the rank that was granted last."""
         self._looked_at: set[bytes] = set()
@@ -115,18 +128,46 @@ class Tasks:
                 return
         self._enqueue(task)
 
-    def _enqueue(self, task: Task) -> None:
+    def _enqueue(self, task: Task, *, first: bool = False) -> None:
         if (error := dependency_error(self._table, task.dependencies)) is not None:
             self._fail(task, payload.dependency_error(self._out.template(task.template).name, error))
             return
         task.runs_on = NOWHERE
+        task.work = None
         queue = self.queues.get(task.template)
         if queue is None:
-            queue = self.queues[task.template] = deque()
+            template = self._out.template(task.template)
+            if template.group and not self._out.watch_group(template.group):
+                self._fail(task, payload.group_removed(template.group, template.name))
+                return
+            if why := self._out.why_never(template):
+                self._fail(task, payload.system_error("TaskUnschedulableError", f"The task is not schedulable: {why}"))
+                return
+            queue = self.queues[task.template] = ClassQueue()
             if task.template not in self._looked_at:
                 self._looked_at.add(task.template)
-                self._out.warn_if_infeasible(self._out.template(task.template))
-        queue.append(task)
+                self._out.warn_if_infeasible(template)
+        if first or task.is_awaited:
+            queue.push_first(task.id, task)
+        else:
+            queue.push(task.id, task)
+
+    def hasten(self, objects: Iterable[bytes]) -> None:
+        """A worker here waits for these: tasks that make them, and have not been started, go first, the first of all first."""
+        waiting = [task_of(identifier) for identifier in objects]
+        while waiting:
+            identifier = waiting.pop()
+            task = self.tasks.get(identifier)
+            if task is None:
+                self._pool.hasten(identifier)  # that of another home, unless it is no task at all
+            elif not task.is_awaited:
+                task.is_awaited = True
+                if task.missing:
+                    waiting.extend(task_of(dependency) for dependency in task.dependencies)
+                elif task.work is not None:
+                    self._pool.hasten_own(task.work)
+                elif (queue := self.queues.get(task.template)) is not None:
+                    queue.hasten(identifier)
 
     # --------------------------------------------------------------------------------------------------------- placing
     @property
@@ -141,17 +182,14 @@ class Tasks:
         for identifier in list(self.queues):
             queue = self.queues[identifier]
             template = self._out.template(identifier)
-            if self._may_stay(template):
-                room = self._pool.room(identifier)
-                if (
-                    room == 0
-                    and identifier not in self._pool.leases
-                    and self._pool.ledger.could_fit(template.resources)
-                ):
-                    left_waiting.add(identifier)
-                while queue and room > 0:
-                    self._start_here(queue.popleft())
-                    room -= 1
+            if self.may_stay(template):
+                if queue.awaited:
+                    for _ in range(min(len(queue.awaited), self._pool.room_for_awaited(identifier))):
+                        self._start_here(queue.pop())
+                for _ in range(min(len(queue), self._pool.room(identifier))):
+                    self._start_here(queue.pop())
+                if queue and self._pool.ledger.could_fit(template):
+                    left_waiting[identifier] = bool(queue.awaited)
             if not queue:
                 del self.queues[identifier]
             waiting = len(queue)
@@ -165,14 +203,10 @@ class Tasks:
         for identifier in [known for known in self._asked if known not in self.queues]:
             del self._asked[identifier]
             self._out.to_gcs(m.Demand(identifier, 0))
-        if left_waiting and len(self.queues) > 1:
-            # Those that found nothing go first next time: what the others' leases give back is theirs.
-            self.queues = dict(sorted(self.queues.items(), key=lambda item: item[0] not in left_waiting))
 
-    def _may_stay(self, template: m.Template) -> bool:
-        if self._out.is_alone and (template.node is None or template.node_is_soft):
-            return True  # nobody else could be asked
-        return not template.spread and template.node in (None, self._out.rank)
+    def may_stay(self, template: m.Template) -> bool:
+        """Whether tasks of this class may run here without the GCS having been asked."""
+        return (not template.spread or self._out.is_alone) and self._out.suits(template)
 
     def on_grant(self, grant: m.Grant) -> None:
         queue = self.queues.get(grant.template)
@@ -185,7 +219,7 @@ class Tasks:
         # The GCS has taken the granted tasks off its count already.
         self._asked[grant.template] = self._asked.get(grant.template, 0) - count
         for _ in range(count):
-            task = queue.popleft()
+            task = queue.pop()
             if grant.rank == self._out.rank:
                 self._out.count_arrival(task.template)
                 self._start_here(task)
@@ -197,7 +231,7 @@ class Tasks:
                     grant.rank, m.Execute(task.id, task.attempt, task.template, task.arguments, dependencies)
                 )
         if not queue:
-            self._pool.left_waiting.discard(grant.template)
+            self._pool.left_waiting.pop(grant.template, None)
             del self.queues[grant.template]
             if self._asked.get(grant.template) == 0:
                 del self._asked[grant.template]
@@ -206,7 +240,20 @@ class Tasks:
         here = self._out.rank
         task.runs_on = here
         dependencies = describe_dependencies(self._table, task.dependencies) if task.dependencies else []
-        self._pool.accept(Work(task.id, here, task.attempt, task.template, task.arguments, dependencies))
+        work = task.work = Work(task.id, here, task.attempt, task.template, task.arguments, dependencies)
+        work.is_awaited = task.is_awaited
+        self._pool.accept(work)
+
+    def on_returned(self, rank: int, message: m.Returned) -> None:
+        """A rank, maybe this one, had no worker for a task that it was sent: it is the first of its class again."""
+        task = self.tasks.get(message.task)
+        if task is None or task.attempt != message.attempt or task.runs_on != rank:
+            return
+        task.attempt += 1
+        if task.is_dropped:
+            self._fail_dropped(task)
+        else:
+            self._enqueue(task, first=True)
 
     # --------------------------------------------------------------------------------------------------------- results
     def on_finished(self, message: m.Finished, executor: int) -> None:
@@ -249,10 +296,23 @@ class Tasks:
         for task in self.tasks.values():
             if is_of_job(task.template):
                 task.retries = 0
+                task.is_dropped = True
         for template in [known for known in self.queues if is_of_job(known)]:
             for task in self.queues.pop(template):
-                name = self._out.template(template).name
-                self._fail(task, payload.system_error("WorkerCrashedError", f"the job of {name} has ended"))
+                self._fail_dropped(task)
+
+    def _fail_dropped(self, task: Task) -> None:
+        name = self._out.template(task.template).name
+        self._fail(task, payload.system_error("WorkerCrashedError", f"the job of {name} has ended"))
+
+    def fail_group(self, group: bytes) -> None:
+        """A placement group was removed: what waits for it fails."""
+        for identifier in list(self.queues):
+            template = self._out.template(identifier)
+            if template.group == group:
+                self._pool.left_waiting.pop(identifier, None)
+                for task in self.queues.pop(identifier):
+                    self._fail(task, payload.group_removed(group, template.name))
 
     def _retry(self, task: Task) -> bool:
         if task.retries == 0:

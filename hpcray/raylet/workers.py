@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -71,6 +72,8 @@ class WorkerProcess:
         self.client = client
         self.channel: Channel | None = None
         self.is_wanted_dead = False
+        self.tokens = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """Shared with the process: one for each task that was sent to it behind another and not started."""
         self._last_lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._workers = workers
         self._pipes = {fd: _Pipe(self, fd, is_error=index == 1) for index, fd in enumerate(pipes)}
@@ -149,6 +152,25 @@ class WorkerProcesses:
         if client.pid:
             self._forks.signal(client.pid, signal.SIGKILL)
 
+    def tokens_of(self, client: Client) -> int:
+        """The descriptor of a worker's tokens."""
+        return self._by_number[client.number].tokens
+
+    def add_tokens(self, client: Client, count: int) -> None:
+        """Let a worker start so many more of the tasks that are sent to it behind others."""
+        if (process := self._by_number.get(client.number)) is not None:
+            os.eventfd_write(process.tokens, count)
+
+    def take_tokens(self, client: Client) -> int:
+        """Take all tokens that a worker has left; how many they were."""
+        taken = 0
+        if (process := self._by_number.get(client.number)) is not None:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.eventfd_read(process.tokens)
+                    taken += 1
+        return taken
+
     def on_spawned(self, number: int, pid: int) -> None:
         """The fork server made the process."""
         process = self._by_number.get(number)
@@ -182,6 +204,7 @@ class WorkerProcesses:
     def _finish(self, process: WorkerProcess, why: str) -> None:
         del self._by_number[process.client.number]
         process.drain_pipes()
+        os.close(process.tokens)
         if process.channel is not None:
             process.channel.close()
         self.out.on_worker_gone(process.client, process.with_last_lines(why))

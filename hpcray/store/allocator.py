@@ -95,17 +95,13 @@ class Allocator:
             raise ValueError(f"a block has at least one byte, not {n}")
         alignment = PAGE if n >= LARGE else LINE
         n = _round_up(n, alignment)
-        by_size = self._by_size
-        # A page-aligned request may not fit a block of less than n + PAGE; others take the first they meet.
-        for index in range(bisect_left(by_size, (n, 0)), len(by_size)):
-            size, start = by_size[index]
-            offset = _round_up(start, alignment)
-            end = start + size
-            if offset + n <= end:
-                break
-        else:
+        index = self._find(n, alignment)
+        if index < 0:
             return None
-        del by_size[index], self._by_start[start], self._by_end[end]
+        size, start = self._by_size[index]
+        offset = _round_up(start, alignment)
+        end = start + size
+        del self._by_size[index], self._by_start[start], self._by_end[end]
         if start < offset:
             self._add_free(start, offset)
         if offset + n < end:
@@ -113,6 +109,20 @@ class Allocator:
         self._live[offset] = n
         self._used += n
         return offset
+
+    def fits(self, n: int) -> bool:
+        """Whether `allocate` would find `n` bytes."""
+        alignment = PAGE if n >= LARGE else LINE
+        return self._find(_round_up(n, alignment), alignment) >= 0
+
+    def _find(self, n: int, alignment: int) -> int:
+        by_size = self._by_size
+        # A page-aligned request may not fit a block of less than n + PAGE; others take the first they meet.
+        for index in range(bisect_left(by_size, (n, 0)), len(by_size)):
+            size, start = by_size[index]
+            if _round_up(start, alignment) + n <= start + size:
+                return index
+        return -1
 
     def free(self, offset: int) -> None:
         """Give back the block that `allocate` returned as `offset`.

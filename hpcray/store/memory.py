@@ -118,6 +118,8 @@ class Memory:
         """Primary copies that are on disk as well."""
         self.primaries: Queue = OrderedDict()
         """Primary copies that are nowhere else."""
+        self.freed: dict[int, Block] = {}
+        """Blocks of this arena, by offset, that were abandoned and wait for their last pin."""
         self._creators: list[_Creator] = []
         self._refused: list[_Creator] = []
         """Those who are to be told that there is no room."""
@@ -154,11 +156,14 @@ class Memory:
         block.dead = True
         if not block.pins:
             self._give_back(block)
+        elif block.rank == self._rank:
+            self.freed[block.offset] = block
 
     def _give_back(self, block: Block) -> None:
         if block.rank != self._rank:
             self._out.send(block.rank, m.UnmapObject(block.id))
             return
+        self.freed.pop(block.offset, None)
         self._allocator.free(block.offset)
         self._serve_creators()
 
@@ -202,7 +207,7 @@ class Memory:
         nothing else leaves for it, and it does not wait. `urgency`: see entry.py, the least goes first.
         """
         creator = _Creator(identifier, size, then, is_wanted, urgency)
-        if size > self._allocator.size or (only_free and not self.has_free(size)):
+        if size > self._allocator.size or (only_free and not self.is_free(size)):
             self._refused.append(creator)
         elif self._is_next(urgency) and (block := self._make_room(creator)) is not None:
             then(block)
@@ -212,10 +217,6 @@ class Memory:
     def _is_next(self, urgency: int) -> bool:
         return not self._creators or urgency < self._creators[0].urgency
 
-    def has_free(self, size: int) -> bool:
-        """Whether there is room for so many bytes that nobody waits for and nothing has to leave for."""
-        return not self._creators and self._allocator.largest_free >= size
-
     def hasten(self, identifier: bytes, urgency: int) -> None:
         """Whoever waits for room for this object is more urgent now. Does nothing if nobody does."""
         for creator in [each for each in self._creators if each.id == identifier and urgency < each.urgency]:
@@ -223,6 +224,10 @@ class Memory:
             creator.urgency = urgency
             insort(self._creators, creator, key=_urgency)
             self._serve_creators()
+
+    def is_free(self, size: int) -> bool:
+        """Whether there is memory for an object that nobody would have to leave, or to wait longer, for."""
+        return not self._creators and self._allocator.fits(size)
 
     def on_turn(self, now: float) -> None:
         """At the end of each turn in which somebody waits: have room made, and tell those whose time is over.
@@ -377,6 +382,9 @@ class Memory:
                     raise InternalError(f"rank {self._rank}: {identifier.hex()} may leave, but somebody looks at it")
                 if block.queue is not queue:
                     raise InternalError(f"rank {self._rank}: {identifier.hex()} waits in the wrong queue")
+        for offset, block in self.freed.items():
+            if block.offset != offset or not block.dead or block.pins < 1:
+                raise InternalError(f"rank {self._rank}: {block.id.hex()} is freed, and its memory is not given back")
 
 
 def _urgency(creator: _Creator) -> int:

@@ -240,7 +240,7 @@ class Pulls:
 
     def _may_start(self, pull: Pull) -> bool:
         size, urgency = pull.entry.size, pull.urgency
-        if urgency == PREFETCH and not self._memory.has_free(size):
+        if urgency == PREFETCH and not self._memory.is_free(size):
             return False
         before, number = sum(self._under_way[: urgency + 1]), sum(self._number_under_way[: urgency + 1])
         if number and self._memory.stands_still:

@@ -4,7 +4,7 @@ Rules:
   1. A spill file has no name (O_TMPFILE; where the file system has none, it is unlinked at once): nothing is left however the
      job ends, and nobody else can open it. What is written stays readable even if its directory is removed.
   2. A file's space is given back with its last object. Before that, each object that goes leaves a hole, where the file system
-     can make one, so that a long-lived neighbour does not keep dead space.
+     can make one, so that a long-lived neighbour does not keep dead space. What is being read goes when it has been read.
   3. Threads exist from the first write on. They touch descriptors, the arena and nothing else; what came of it is told in the
      thread of the event loop. Reads go before writes: somebody waits for each of them.
   4. A checksum is taken while writing and compared while reading: what the disk does to the bytes is noticed.
@@ -58,8 +58,8 @@ class _File:
     descriptor: int
     extents: set[Extent] = field(default_factory=set)
     """Objects in it that are still needed."""
-    readers: int = 0
-    """Reads under way: their descriptor must not be closed, or another file would be read."""
+    readers: dict[Extent, int] = field(default_factory=dict)
+    """Reads under way, by object: it must stay, and so must the descriptor, or another file would be read."""
 
 
 class SpillFiles:
@@ -81,6 +81,8 @@ class SpillFiles:
         self._view = view
         self._call_soon = call_soon
         self._files: dict[int, _File] = {}
+        self._new: dict[int, int] = {}
+        """Descriptors of files that are being written, or of which `spill` was not told yet. Threads add to it."""
         self._numbers = itertools.count(1)
         self._jobs: queue.PriorityQueue[_Job] = queue.PriorityQueue()
         self._serials = itertools.count()
@@ -96,15 +98,18 @@ class SpillFiles:
         views = [self._view(block) for block in blocks]
 
         def job() -> None:
-            descriptor, extents, error = self._write_file(number, views)
-            for view in views:
-                view.release()
-            self._call_soon(lambda: written(descriptor, extents, error))
+            try:
+                extents, error = self._write_file(number, views)
+            finally:
+                for view in views:
+                    view.release()
+            self._call_soon(lambda: written(extents, error))
 
-        def written(descriptor: int, extents: list[Extent], error: str | None) -> None:
-            if extents:
+        def written(extents: list[Extent], error: str | None) -> None:
+            descriptor = self._new.pop(number, None)
+            if extents and descriptor is not None:
                 self._files[number] = _File(descriptor, set(extents))
-            elif descriptor >= 0:
+            elif descriptor is not None:
                 os.close(descriptor)
             done(extents, error)
 
@@ -113,17 +118,22 @@ class SpillFiles:
     def restore(self, extent: Extent, block: Block, done: Callable[[str | None], None]) -> None:
         """Read an object into a block; `done` gets None, or what went wrong and where."""
         file = self._files[extent.file]
-        file.readers += 1
+        file.readers[extent] = file.readers.get(extent, 0) + 1
         view = self._view(block)
 
         def job() -> None:
-            error = self._read(file.descriptor, extent, view)
-            view.release()
+            try:
+                error = self._read(file.descriptor, extent, view)
+            finally:
+                view.release()
             self._call_soon(lambda: read(error))
 
         def read(error: str | None) -> None:
-            file.readers -= 1
-            self._close_if_done(extent.file)
+            file.readers[extent] -= 1
+            if not file.readers[extent]:
+                del file.readers[extent]
+                if extent not in file.extents:
+                    self._give_back(extent)
             done(error)
 
         self._jobs.put((_READ, next(self._serials), job))
@@ -132,15 +142,16 @@ class SpillFiles:
         """Give back the disk space of an object."""
         file = self._files[extent.file]
         file.extents.remove(extent)
-        if file.extents and not file.readers:
-            _punch_hole(file.descriptor, extent.offset, extent.size)
-        self._close_if_done(extent.file)
+        if extent not in file.readers:
+            self._give_back(extent)
 
-    def _close_if_done(self, number: int) -> None:
-        file = self._files[number]
-        if not (file.extents or file.readers):
+    def _give_back(self, extent: Extent) -> None:
+        file = self._files[extent.file]
+        if file.extents or file.readers:
+            _punch_hole(file.descriptor, extent.offset, extent.size)
+        else:
             os.close(file.descriptor)
-            del self._files[number]
+            del self._files[extent.file]
 
     def close(self) -> None:
         """End the threads and close all files. Blocks for what is left of one step of each thread, but not for a disk that
@@ -154,8 +165,9 @@ class SpillFiles:
         if any(thread.is_alive() for thread in self._threads):
             return
         self._threads.clear()
-        for file in self._files.values():
-            os.close(file.descriptor)
+        for descriptor in (*self._new.values(), *(file.descriptor for file in self._files.values())):
+            os.close(descriptor)
+        self._new.clear()
         self._files.clear()
 
     # ------------------------------------------------------------------------------------------------------ in threads
@@ -175,12 +187,13 @@ class SpillFiles:
             with contextlib.suppress(_Ended):
                 job()
 
-    def _write_file(self, number: int, views: list[memoryview]) -> tuple[int, list[Extent], str | None]:
+    def _write_file(self, number: int, views: list[memoryview]) -> tuple[list[Extent], str | None]:
         extents: list[Extent] = []
         descriptor = -1
         offset = 0
+        self._stop_if_ended()
         try:
-            descriptor = _create(self.directory)
+            descriptor = self._new[number] = _create(self.directory)
             for view in views:
                 checksum = self._write(descriptor, view, offset)
                 extents.append(Extent(number, offset, view.nbytes, checksum))
@@ -189,8 +202,8 @@ class SpillFiles:
             if descriptor >= 0:
                 with contextlib.suppress(OSError):
                     os.ftruncate(descriptor, offset)
-            return descriptor, extents, f"{error.strerror}, in {self.directory}"
-        return descriptor, extents, None
+            return extents, f"{error.strerror}, in {self.directory}"
+        return extents, None
 
     def _write(self, descriptor: int, view: memoryview, offset: int) -> int:
         checksum = 0

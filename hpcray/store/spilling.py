@@ -31,7 +31,7 @@ class SpillOut(Protocol):
     """The only way out of the raylet."""
 
     def spill(self, blocks: list[Block], done: Callable[[list[Extent], str | None], None]) -> None:
-        """Write these blocks into a new file; `done` gets where the first of them are, all or up to an error."""
+        """Write these blocks into a new file; `done`, later, gets where the first of them are, all or up to an error."""
 
     def restore(self, extent: Extent, block: Block, done: Callable[[str | None], None]) -> None:
         """Read an object back into a block; `done` gets None, or what went wrong."""
@@ -60,10 +60,13 @@ class Spiller:
         """Those under way, and since when."""
         self._batches_made = 0
         self.error = ""
-        """Why the last write failed; empty if it did not."""
+        """Why a write failed; empty if one that was begun later did not."""
+        self._failed_before = 0
+        """The batch that was begun last when one failed: no earlier one proves that the disk is well again."""
+        self._has_failed = False
+        """A write has failed in this turn."""
         self.retry_at: float | None = None
         """When the next write may be tried, after one that failed."""
-        self._now = 0.0
         # Figures:
         self.spilled_objects = self.spilled_bytes = 0
         self.restored_objects = self.restored_bytes = 0
@@ -71,19 +74,19 @@ class Spiller:
 
     def relieve(self, needed: int, now: float) -> None:
         """So many bytes are waited for: start to write what can go, unless enough is being written already."""
-        self._now = now
-        if self._pauses():
+        if self.retry_at is not None and now < self.retry_at:
             return
         self.retry_at = None
         goal = max(needed, min(self._memory.size // 10, BATCHES * FILE_BYTES))
         most = min(FILE_BYTES, max(goal // BATCHES, LEAST_BATCH))
         while self.under_way < goal and len(self._batches) < BATCHES and (batch := self._next_batch(most)):
-            self._write(batch)
-            if self._pauses():
-                return  # it failed at once
+            self._write(batch, now)
 
-    def _pauses(self) -> bool:
-        return self.retry_at is not None and self._now < self.retry_at
+    def on_turn(self, now: float) -> None:
+        """At the end of each turn: from then on counts the pause after a write that failed."""
+        if self._has_failed:
+            self._has_failed = False
+            self.retry_at = now + RETRY_PAUSE
 
     @property
     def busy_since(self) -> float:
@@ -100,20 +103,24 @@ class Spiller:
             size += block.size
         return batch
 
-    def _write(self, batch: list[Block]) -> None:
+    def _write(self, batch: list[Block], now: float) -> None:
         size = sum(block.size for block in batch)
         self.under_way += size
         self._batches_made += 1
         number = self._batches_made
-        self._batches[number] = self._now
+        self._batches[number] = now
         for block in batch:
             self._memory.pin(block)
 
         def done(extents: list[Extent], error: str | None) -> None:
             self.under_way -= size
             del self._batches[number]
-            self.error = error or ""
-            self.retry_at = self._now + RETRY_PAUSE if error else None
+            if error:
+                self.error = error
+                self._failed_before = self._batches_made
+                self._has_failed = True
+            elif number > self._failed_before:
+                self.error = ""
             for block, extent in zip(batch, extents, strict=False):
                 self.spilled_objects += 1
                 self.spilled_bytes += extent.size

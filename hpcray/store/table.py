@@ -1,8 +1,9 @@
 """What one raylet knows of objects: where each is, and who waits for it.
 
     References  who refers to what                        (store/references.py)
-    Memory      the blocks of this raylet's arena         (store/memory.py)
-    Spiller     primary copies that go to disk            (store/spilling.py)
+    Pressure    what leaves memory, and comes back        (store/pressure.py)
+      Memory      the blocks of this raylet's arena       (store/memory.py)
+      Spiller     primary copies that go to disk          (store/spilling.py)
     Transfers   copies on their way here and from here    (store/transfers.py)
 
 Rules:
@@ -11,8 +12,6 @@ Rules:
   3. An entry is known while something here refers to it, its bytes are here, or they are being fetched.
   4. Who waits is called exactly once: when the object exists (`when_exists`) or can be read on this node (`when_local`),
      be it only as an error that tells why not.
-  5. One rank has the primary copy, in its arena or on its disk. If the disk fails, it tells the home (`CopyLost`) and takes
-     another rank's copy in its place; where there is none, the error takes the object's place.
 """
 
 from __future__ import annotations
@@ -27,18 +26,15 @@ from hpcray.exceptions import InternalError
 from hpcray.ids import home_of
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import AWAY, GET, HERE, INLINE, MAPPED, PENDING, PREFETCH, SPILLED, Entry, Extent, Fetcher
-from hpcray.store.memory import Block, Memory, MemoryOut
+from hpcray.store.entry import AWAY, GET, HERE, INLINE, MAPPED, PENDING, PREFETCH, SPILLED, Entry, Fetcher
+from hpcray.store.memory import Block
+from hpcray.store.pressure import Pressure, PressureOut
 from hpcray.store.references import References, ReferencesOut
-from hpcray.store.spilling import Spiller, SpillOut
 from hpcray.store.transfers import Transfers, TransfersOut
 
 
-class StoreOut(ReferencesOut, MemoryOut, TransfersOut, SpillOut, Protocol):
+class StoreOut(ReferencesOut, PressureOut, TransfersOut, Protocol):
     """The only way out of the store."""
-
-    def holders(self) -> list[str]:
-        """Which clients hold memory of this arena, and how much, for people."""
 
 
 class ObjectTable:
@@ -48,12 +44,10 @@ class ObjectTable:
         self.rank = rank
         self.entries: dict[bytes, Entry] = {}
         self.references = References(rank, self.entries, out, self)
-        self.memory = Memory(rank, allocator, out, self, patience)
-        self.spiller = Spiller(self.memory, out, self)
+        self.pressure = Pressure(rank, self.entries, allocator, out, self, patience)
+        self.memory = self.pressure.memory
         self.transfers = Transfers(rank, self.entries, self.memory, out, self)
         self._out = out
-        self._contents = ""
-        """What `why_full` says of this arena: made once per turn, however many are told."""
         self._due: deque[Callable[[], None]] = deque()
         self._is_acting = False
 
@@ -151,7 +145,7 @@ class ObjectTable:
                 if entry.state != AWAY:
                     return True  # no copy: an error is at hand at once
             elif entry.state == SPILLED:
-                self._restore(entry)
+                self.pressure.restore(entry)
             else:
                 self._ask_home(entry)
         else:
@@ -200,7 +194,9 @@ class ObjectTable:
         """No room came for it, here or (`error`) where it is: whoever waits is told so. The object stays where it is."""
         if not error and entry.urgency == PREFETCH:
             error = _NO_PREFETCH  # nobody reads it, and thousands may be refused in a turn
-        self._tell_fetchers(entry, error or payload.system_error("ObjectStoreFullError", self.why_full(entry.size)))
+        self._tell_fetchers(
+            entry, error or payload.system_error("ObjectStoreFullError", self.pressure.why_full(entry.size))
+        )
 
     def _tell_fetchers(self, entry: Entry, error: bytes | None) -> None:
         fetchers, entry.fetchers = entry.fetchers, None
@@ -220,14 +216,16 @@ class ObjectTable:
             self._out.send(home, m.Locate(entry.id))
 
     def on_locate(self, identifier: bytes, asker: int) -> None:
-        """A borrower asks where the object is: it is told once the object exists."""
+        """A borrower asks where the object is: it is told once the object exists, or is freed."""
         entry = self.entries.get(identifier)
         if entry is None:
             self._out.send(asker, m.Located(identifier, _freed_already(identifier), 0, []))
             return
 
         def tell() -> None:
-            if entry.state == INLINE:
+            if self.entries.get(identifier) is not entry:
+                self._out.send(asker, m.Located(identifier, _freed_already(identifier), 0, []))
+            elif entry.state == INLINE:
                 self._out.send(asker, m.Located(identifier, entry.data, len(entry.data), []))
             else:
                 ranks = set(entry.copies or ())
@@ -281,18 +279,14 @@ class ObjectTable:
         if entry.block is not None:
             self.memory.abandon(entry.block)
         if entry.spilled is not None:
-            self._forget_on_disk(entry)
+            self.pressure.forget(entry)
         if entry.copies or entry.mappers:
             for rank in (entry.copies or set()) | (entry.mappers or set()):
                 if rank != self.rank:
                     self._out.send(rank, m.Free([entry.id]))
+        self._exists(entry)  # as much as it ever will: who asked from afar before the last holder let go is told so
         if entry.fetchers is not None:
             self._tell_fetchers(entry, _freed_already(entry.id))
-        if entry.waiters is not None:
-            # Borrowers that have given up since they asked: until they are answered, they keep what they know of it.
-            entry.state = INLINE
-            entry.data = _freed_already(entry.id)
-            self._exists(entry)
         if entry.nested:
             self._drop_all(entry.nested)
         if entry.on_free is not None:
@@ -308,7 +302,7 @@ class ObjectTable:
         entry.is_primary = False
         if block is not None:
             self.memory.abandon(block)
-        self._forget_on_disk(entry)
+        self.pressure.forget(entry)
         if not (entry.holds or entry.guests):
             del self.entries[identifier]
         if entry.fetchers is not None:
@@ -350,168 +344,13 @@ class ObjectTable:
         finally:
             self._is_acting = False
 
-    # -------------------------------------------------------------------------------------------------------- pressure
-    def on_evicted(self, block: Block) -> None:
-        """A copy made room for something else."""
-        entry = self.entries[block.id]
-        entry.block = None
-        if entry.spilled is not None:
-            entry.state = SPILLED
-            return
-        home = home_of(entry.id)
-        if home != self.rank:
-            self._out.send(home, m.CopyDropped(entry.id))
-        if home == self.rank or entry.holds or entry.guests:
-            entry.state = AWAY
-        else:
-            del self.entries[entry.id]
-
-    def on_pressure(self, needed: int, now: float) -> float:
-        """Creators wait for so many bytes: spill, and have other ranks of this host let go of what they only map."""
-        self.spiller.relieve(needed, now)
-        if self.spiller.under_way < needed:
-            self.transfers.recall()
-        return self.spiller.busy_since
-
-    def on_recall(self, identifier: bytes, owner: int) -> None:
-        """Another rank of this host has no room: unmap its block as soon as nobody here looks at it."""
-        entry = self.entries.get(identifier)
-        if entry is None or entry.state != MAPPED or entry.block is None or entry.block.rank != owner:
-            return  # it was unmapped meanwhile, which the owner will hear
-        entry.block.is_recalled = True
-        if not entry.block.pins:
-            self.on_idle(entry.block)
-
-    def on_idle(self, block: Block) -> None:
-        """Nobody here looks any more at memory that its owner wants back."""
-        entry = self.entries[block.id]
-        entry.block = None
-        entry.state = AWAY
-        entry.copies = (entry.copies or set()) | {block.rank}
-        self.memory.abandon(block)
-        self.references.settle(entry)
-
-    def on_spilled(self, block: Block, extent: Extent) -> bool:
-        """A primary copy is on disk too, if it is still wanted."""
-        entry = self.entries.get(block.id)
-        if entry is None or entry.block is not block:
-            return False
-        entry.spilled = extent
-        self.memory.keep_primary(block, is_on_disk=True)
-        return True
-
-    def _restore(self, entry: Entry) -> None:
-        extent = entry.spilled
-        is_prefetch = entry.urgency == PREFETCH
-        assert extent is not None
-
-        def is_wanted() -> bool:
-            return self.entries.get(entry.id) is entry and entry.spilled is extent
-
-        def with_room(block: Block | None) -> None:
-            if not is_wanted():
-                if block is not None:
-                    self.memory.abandon(block)  # freed while it waited for room
-            elif block is None and is_prefetch and entry.urgency < PREFETCH:
-                self._restore(entry)  # it is needed now
-            elif block is None:
-                self.on_no_room(entry)
-            else:
-                self.spiller.restore(extent, block, lambda error: done(block, error))
-
-        def done(block: Block, error: str | None) -> None:
-            if not is_wanted():
-                self.memory.abandon(block)
-            elif error is None:
-                entry.state = HERE
-                entry.block = block
-                self.on_arrived(entry)
-            else:
-                self.memory.abandon(block)
-                self._lose_spilled(entry, error)
-
-        self.memory.reserve(entry.id, entry.size, with_room, is_wanted, urgency=entry.urgency, only_free=is_prefetch)
-
-    def _lose_spilled(self, entry: Entry, why: str) -> None:
-        error = payload.system_error("ObjectLostError", _unreadable_text(entry.id, why), entry.id.hex())
-        self._forget_on_disk(entry)
-        entry.state = AWAY
-        entry.data = error
-        entry.copies = (entry.copies or set()) - {self.rank}
-        home = home_of(entry.id)
-        if home != self.rank:
-            self._out.send(home, m.CopyLost(entry.id, error))
-        elif not entry.copies:
-            self.on_failed(entry, error)
-            return
-        self.transfers.fetch(entry)
-
-    def on_copy_lost(self, message: m.CopyLost, holder: int) -> None:
-        """At home: the rank with the primary copy could not read it back."""
-        entry = self.entries.get(message.id)
-        if entry is None:
-            return
-        if entry.copies:
-            entry.copies.discard(holder)
-        if entry.state == AWAY:
-            entry.data = message.error
-        if entry.state == HERE:
-            assert entry.block is not None
-            entry.is_primary = True
-            self.memory.keep_primary(entry.block, is_on_disk=entry.spilled is not None)
-        elif entry.state == AWAY and not entry.copies:
-            self.on_failed(entry, message.error)
-
-    def _forget_on_disk(self, entry: Entry) -> None:
-        extent, entry.spilled = entry.spilled, None
-        if extent is not None:
-            self.spiller.forget(extent)
-
+    # ----------------------------------------------------------------------------------------------------------- state
     def end_turn(self, now: float) -> None:
         """At the end of each turn: have room made for those who wait for it."""
-        if self.memory.is_waited_for:
-            self.memory.on_turn(now)
-            self._contents = ""
+        self.pressure.on_turn(now)
         if self.transfers.pulls.is_waiting:
             self.transfers.pulls.pump()  # memory may have come free
 
-    @property
-    def next_expiry(self) -> float | None:
-        """When `end_turn` should be called next, if somebody waits for room."""
-        due = self.memory.next_expiry
-        return due if due is None or self.spiller.retry_at is None else min(due, self.spiller.retry_at)
-
-    def why_full(self, size: int) -> str:
-        """What an `ObjectStoreFullError` says of an object for which there was no room. For calls of `Memory`, in its turn."""
-        memory = self.memory
-        text = (
-            f"an object of {size:,} bytes does not fit: the object store of rank {self.rank} has {memory.size:,} bytes"
-        )
-        if size > memory.size:
-            return text + " in all. Give the store more: init(object_store_memory=…) or --object-store-memory."
-        if not self._contents:
-            self._contents = self._describe_contents()
-        return (
-            f"{text}, {self._contents}. Drop what is not needed (`del`: an array from `get` keeps its object in the store), get "
-            "less at a time, or give the store more: init(object_store_memory=…) or --object-store-memory."
-        )
-
-    def _describe_contents(self) -> str:
-        memory = self.memory
-        held = [*self._out.holders()]
-        if mapped := self.transfers.bytes_mapped_out:
-            held.append(f"{mapped:,} bytes are mapped by other ranks of this host")
-        if queued := sum(block.size for block in memory.primaries.values()):
-            why = f"could not be spilled ({self.spiller.error})" if self.spiller.error else "are not spilled yet"
-            held.append(f"{queued:,} bytes {why}")
-        if writing := self.spiller.under_way:
-            held.append(f"{writing:,} bytes are being spilled")
-        return (
-            f"{memory.size - memory.in_use:,} of them free (the largest piece {memory.largest_free:,}). It holds "
-            f"{memory.count} objects; {'; '.join(held) or 'nobody holds them'}"
-        )
-
-    # ----------------------------------------------------------------------------------------------------------- state
     def check(self) -> None:
         """Raise InternalError if the table disagrees with itself. Slow: tests and HPCRAY_CHECK=1."""
         self.references.check()
@@ -529,8 +368,10 @@ class ObjectTable:
             for problem in filter(None, problems):
                 raise InternalError(f"rank {self.rank}: object {identifier.hex()} {problem}")
         on_disk = sum(entry.spilled.size for entry in self.entries.values() if entry.spilled is not None)
-        if on_disk != self.spiller.bytes_on_disk:
-            raise InternalError(f"rank {self.rank}: {self.spiller.bytes_on_disk} bytes on disk, {on_disk} of objects")
+        if on_disk != self.pressure.spiller.bytes_on_disk:
+            raise InternalError(
+                f"rank {self.rank}: {self.pressure.spiller.bytes_on_disk} bytes on disk, {on_disk} of objects"
+            )
 
     def _misplaced(self, entry: Entry, block: Block) -> str:
         memory = self.memory
@@ -554,11 +395,3 @@ def _freed_already(identifier: bytes) -> bytes:
 def _lost(identifier: bytes) -> bytes:
     text = f"object {identifier.hex()} was lost: no rank holds a copy any more"
     return payload.system_error("ObjectLostError", text, identifier.hex())
-
-
-def _unreadable_text(identifier: bytes, why: str) -> str:
-    return (
-        f"object {identifier.hex()} was lost: it had been spilled to disk and could not be read back: {why}. Nobody else had a "
-        "copy. Look at the disk, choose another directory (--spill-dir), or give the store more memory "
-        "(--object-store-memory), so that less is spilled."
-    )

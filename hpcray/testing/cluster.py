@@ -17,7 +17,7 @@ from hpcray.gcs.core import GcsCore
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import decode_from_client, decode_from_peer, decode_from_raylet, encode
 from hpcray.raylet.clients import Client
-from hpcray.raylet.core import NodeInfo, RayletCore
+from hpcray.raylet.core import LOAD_DELAY, NodeInfo, RayletCore
 from hpcray.raylet.lanes import Key
 from hpcray.resources import UNIT, Shape
 from hpcray.store.entry import Extent
@@ -43,6 +43,8 @@ class Node:
         self.memory = bytearray(cluster.nodes[rank].arena_size + ARENA_START)
         self.processes: dict[int, Process] = {}
         self.outboxes: dict[Link, list[Any]] = {}
+        self.tokens: dict[int, int] = {}
+        """Per worker that was sent tasks behind others, how many it has not started."""
         self.disk: dict[Extent, bytearray] = {}
         self.disk_is_full = False
         self.disk_jobs: dict[int, Callable[[], None]] = {}
@@ -66,7 +68,7 @@ class Node:
     def would_retry(self) -> bool:
         """Whether time alone brings it on: a write that failed would be tried again, and succeed."""
         table = self.core.table
-        return table.memory.is_waited_for and table.spiller.retry_at is not None and not self.disk_is_full
+        return table.memory.is_waited_for and table.pressure.spiller.retry_at is not None and not self.disk_is_full
 
     def end_turn(self) -> None:
         """What a turn of the event loop ends with: the cores act, then each peer gets one frame."""
@@ -97,6 +99,17 @@ class Node:
 
     def close_client(self, client: Client) -> None:
         self.kill_client(client)
+
+    def add_tokens(self, worker: Client, count: int) -> None:
+        self.tokens[worker.number] = self.tokens.get(worker.number, 0) + count
+
+    def take_tokens(self, worker: Client) -> int:
+        return self.tokens.pop(worker.number, 0)
+
+    def take_token(self, number: int) -> bool:
+        left = self.tokens.get(number, 0)
+        self.tokens[number] = max(0, left - 1)
+        return left > 0
 
     def new_tag(self, rank: int) -> int:
         return self._cluster.bulk.new_tag(self.rank, rank)
@@ -197,9 +210,7 @@ class Node:
         self.end_turn()
 
     def _on_peer_message(self, source: int, message: m.PeerMessage) -> None:
-        if isinstance(message, m.LogLines):
-            self.show(message)
-        elif not self.core.on_peer_message(source, message):
+        if not self.core.on_peer_message(source, message):
             assert self.gcs is not None, f"rank {source} sent {message} to rank {self.rank}"
             self.gcs.on_message(source, message)
 
@@ -318,9 +329,12 @@ class Cluster:
                 self.deliver(choose(links))
                 if check:
                     self.check()
-            if not any(node.core.report_due is not None or node.would_retry for node in self.ranks):
+            if any(node.core.report_due is not None for node in self.ranks):
+                self.advance(LOAD_DELAY)
+            elif any(node.would_retry for node in self.ranks):
+                self.advance(1.0)
+            else:
                 return
-            self.advance(1.0)
 
     def advance(self, seconds: float) -> None:
         """Let time pass; every rank looks at the clock."""
@@ -359,7 +373,7 @@ class Cluster:
         for node in self.ranks:
             core = node.core
             core.check()
-            if core.memory.is_waited_for and (core.memory.has_news or core.table.next_expiry is None):
+            if core.memory.is_waited_for and (core.memory.has_news or core.table.pressure.next_expiry is None):
                 raise AssertionError(f"rank {node.rank}: somebody waits for room, and nobody looks at the clock for it")
         for process in self.processes:
             process.check()
@@ -382,4 +396,8 @@ class Cluster:
                 found.append(f"{name}: free {core.ledger.free} of {core.ledger.total}")
             if core.pool.ready or core.pool.leases:
                 found.append(f"{name}: work waits or leases are open")
+            found += [f"{name}: bundles of group {group.hex()}" for group in core.ledger.groups]
+            found += [f"{name}: objects wait for group {group.hex()}" for group in core.groups.awaited]
+            if node.gcs is not None:
+                found += [f"group {group.hex()}" for group in node.gcs.groups.groups]
         return found

@@ -11,6 +11,7 @@ import msgspec
 from hpcray import ids, payload
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Client
+from hpcray.resources import Shape
 
 
 class ProcessOut(Protocol):
@@ -20,6 +21,7 @@ class ProcessOut(Protocol):
     def write(self, offset: int, data: bytes) -> None: ...
     def send_up(self, number: int, message: m.ClientMessage) -> None: ...
     def end(self, number: int) -> None: ...
+    def take_token(self, number: int) -> bool: ...
 
 
 def make_value(identifier: bytes, nested: Sequence[bytes] = (), size: int = 0) -> bytes:
@@ -93,6 +95,11 @@ class Process:
         """Whether it waits for objects, or for room to write one."""
         return not self.is_driver and bool(self._writing or self.wanted)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether it waits for room to write an object."""
+        return bool(self._writing)
+
     def new_id(self) -> bytes:
         """The id of a new task, put or actor."""
         self._counter += 1
@@ -137,6 +144,13 @@ class Process:
         self._writing[identifier] = reserved
         self.send(m.Reserve(identifier, len(data)))
 
+    def stop_writing(self) -> None:
+        """An interrupt comes while it waits for room."""
+        writing, self._writing = self._writing, {}
+        for identifier, then in writing.items():
+            self.send(m.Unreserve(identifier))
+            then(None)
+
     def submit(
         self, template: bytes, dependencies: Sequence[bytes] = (), nested: Sequence[bytes] = (), num_returns: int = 1
     ) -> list[bytes]:
@@ -168,6 +182,23 @@ class Process:
         arguments = make_value(task, nested)
         self.send(m.Call(task, actor, "method", arguments, list(dependencies), list(nested), num_returns))
         return self._hold_returns(task, num_returns)
+
+    def create_group(self, bundles: Sequence[Shape], strategy: str = "PACK", *, detached: bool = False) -> bytes:
+        """Ask for a placement group; its id."""
+        group = self.new_id()
+        self.send(m.CreatePlacementGroup(group, self.job, "", "", strategy, list(bundles), detached, []))
+        return group
+
+    def await_group(self, group: bytes) -> bytes:
+        """The id of an object that comes to exist when all bundles are set aside."""
+        identifier = ids.object_id(self.new_id(), 0)
+        self.send(m.AwaitPlacementGroup(identifier, group, make_value(identifier)))
+        self.held.add(identifier)
+        return identifier
+
+    def remove_group(self, group: bytes) -> None:
+        """Give the bundles back."""
+        self.send(m.RemovePlacementGroup(group))
 
     def _hold_returns(self, task: bytes, count: int) -> list[bytes]:
         returns: list[bytes] = [ids.object_id(task, index) for index in range(1, count + 1)]
@@ -336,11 +367,13 @@ class Process:
         self.answers[message.number] = message
 
     def _on_Reserved(self, message: m.Reserved) -> None:  # noqa: N802
-        self._writing.pop(message.id)(message.offset)
+        if (then := self._writing.pop(message.id, None)) is not None:
+            then(message.offset)
 
     def _on_ReserveFailed(self, message: m.ReserveFailed) -> None:  # noqa: N802
-        self.store_errors += 1
-        self._writing.pop(message.id)(None)
+        if (then := self._writing.pop(message.id, None)) is not None:
+            self.store_errors += 1
+            then(None)
 
     def _on_Run(self, message: m.Run) -> None:  # noqa: N802
         self.inbox.append(message)
@@ -354,17 +387,24 @@ class Process:
         self._next()
 
     def _hand_back(self) -> None:
-        tasks = [work.task for work in self.inbox if not work.actor]
+        tasks = [work.task for work in self.inbox if not work.actor and self._may_start(work)]
+        self.inbox = deque(work for work in self.inbox if work.actor)
         if tasks:
-            self.inbox = deque(work for work in self.inbox if work.actor)
             self.send(m.HandBack(tasks))
 
+    def _may_start(self, work: m.Run) -> bool:
+        return not work.is_behind or self._out.take_token(self.number)
+
+    def _on_Recalled(self, message: m.Recalled) -> None:  # noqa: N802
+        self.inbox = deque(work for work in self.inbox if work.task not in message.tasks)
+        self.send(m.RecallDone())
+
     def _next(self) -> None:
-        if self.running is not None:
-            return
-        if self.inbox:
-            self._take_up(self.inbox.popleft())
-        elif self.exit_asked:
+        while self.running is None and self.inbox:
+            work = self.inbox.popleft()
+            if self._may_start(work):
+                self._take_up(work)
+        if self.running is None and self.exit_asked:
             self._out.end(self.number)
 
     def _take_up(self, work: m.Run) -> None:

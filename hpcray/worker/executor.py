@@ -125,13 +125,16 @@ class Executor:
             return
         self._job = self._client.job_definition = job
         config = msgspec.json.decode(self._client.blobs[job], type=m.JobConfig)
-        for path in config.sys_path:
+        environments = self._client.environments
+        paths = [*environments.paths, *config.sys_path]
+        for path in paths:
             if path not in sys.path:
                 sys.path.append(path)
-        # The driver's order decides which of two modules of one name is imported.
-        sys.path.sort(key=lambda path: config.sys_path.index(path) if path in config.sys_path else len(sys.path))
-        if Path(config.cwd).is_dir():
-            os.chdir(config.cwd)
+        # The driver's order decides which of two modules of one name is imported, after the runtime environment.
+        sys.path.sort(key=lambda path: paths.index(path) if path in paths else len(sys.path))
+        cwd = environments.working_dir or config.cwd
+        if Path(cwd).is_dir():
+            os.chdir(cwd)
         self._client.job = bytes.fromhex(config.job)
         self._client.namespace = config.namespace
 

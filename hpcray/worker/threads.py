@@ -1,10 +1,12 @@
-"""Thread pools of numerical libraries in a worker: as many threads as the running task has CPUs, as Ray does."""
+"""Threads of a worker: where they run, and that numerical libraries have as many as the running task has CPUs, as in Ray."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from hpcray.launcher.environment import thread_limits
@@ -25,6 +27,15 @@ def limit_threads(num_cpus: float) -> None:
     if "OPENBLAS_NUM_THREADS" in limits:
         for setter in _openblas_setters():
             setter(int(limits["OPENBLAS_NUM_THREADS"]))
+
+
+def bind_threads(cpus: Collection[int]) -> None:
+    """Have all threads of this process, those of libraries among them, run on these CPUs only."""
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(
+            OSError
+        ):  # it has just ended; or the CPUs were taken from the job, which knows no others
+            os.sched_setaffinity(int(thread.name), cpus)
 
 
 _known: list[ctypes._NamedFuncPointer] | None = None

@@ -135,10 +135,10 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines()
 
 
-def options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def options(parser: argparse.ArgumentParser, rounds: int = 5) -> argparse.Namespace:
     """Parse the command line; `rounds` and `quick` are common to all benches."""
     parser.add_argument("--quick", action="store_true", help="one small round: shows that it runs, measures nothing")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parsed = parser.parse_args()
     if parsed.quick:
         parsed.rounds = 1

@@ -26,6 +26,10 @@ COMMANDS: dict[str, list[str]] = {
     "boot": ["bench_boot.py"],
     "idle": ["bench_idle.py"],
     "transfer": ["mpirun", "4", "bench_transfer.py"],
+    "scheduling": ["bench_scheduling.py"],
+    "policies": ["bench_policies.py"],
+    "placement-groups-1": [*JOB, "bench_placement_groups.py"],
+    "placement-groups-8": [*JOB, "-n", "8", "bench_placement_groups.py"],
 }
 """What follows `python`, all but `--quick`."""
 MORE_COMMANDS: dict[str, list[str]] = {

@@ -45,6 +45,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         alignment = LINE if n < LARGE else PAGE
         rounded = -(-n // alignment) * alignment
         expected = best_fit(self.live, self.start, self.size, rounded, alignment)
+        assert self.allocator.fits(n) == (expected is not None)
         offset = self.allocator.allocate(n)
         assert offset == expected
         if offset is None:

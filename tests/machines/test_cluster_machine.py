@@ -2,7 +2,7 @@
 
 `Program.judge` runs after every step: the cores agree with themselves, memory that is looked at does not change, and no get
 is answered with an error that nothing explains. `Program.finish` brings each program to its end: every get is answered, and
-when all references are gone, no object, task, call, actor, lease or block is left.
+when all references and groups are gone, no object, task, call, actor, bundle, lease or block is left.
 """
 
 from __future__ import annotations
@@ -73,6 +73,18 @@ class ClusterMachine(RuleBasedStateMachine):
     def create_actor(self, seed: int, restarts: int) -> None:
         self.seeded(seed).create_actor(restarts=restarts)
 
+    @rule(seed=seeds, strategy=st.sampled_from(["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]))
+    def create_group(self, seed: int, strategy: str) -> None:
+        self.seeded(seed).create_group(strategy)
+
+    @rule(seed=seeds)
+    def await_group(self, seed: int) -> None:
+        self.seeded(seed).await_group()
+
+    @rule(seed=seeds)
+    def remove_group(self, seed: int) -> None:
+        self.seeded(seed).remove_group()
+
     @rule(seed=seeds, num_returns=st.integers(1, 2))
     def call(self, seed: int, num_returns: int) -> None:
         self.seeded(seed).call(num_returns=num_returns)
@@ -97,6 +109,10 @@ class ClusterMachine(RuleBasedStateMachine):
     def finish_task(self, seed: int, large: bool, seconds: float, keep: bool) -> None:
         self.seeded(seed).finish_task(large=large, seconds=seconds, keep=keep)
 
+    @rule()
+    def let_time_pass(self) -> None:
+        self.program.let_time_pass()
+
     @precondition(lambda self: self.kills)
     @rule(seed=seeds)
     def fail_task(self, seed: int) -> None:
@@ -116,6 +132,11 @@ class ClusterMachine(RuleBasedStateMachine):
     @rule(seed=seeds)
     def damage_disk(self, seed: int) -> None:
         self.seeded(seed).damage_disk()
+
+    @precondition(lambda self: self.is_small)
+    @rule(seed=seeds)
+    def interrupt(self, seed: int) -> None:
+        self.seeded(seed).stop_writing()
 
     @precondition(lambda self: self.is_small)
     @rule()
@@ -158,14 +179,14 @@ TestCluster.settings = TestDeadlyCluster.settings = TestFullCluster.settings = L
 
 
 @pytest.mark.parametrize("layout", range(len(LAYOUTS)))
-@pytest.mark.parametrize("kind", ["peaceful", "deadly", "full"])
+@pytest.mark.parametrize("kind", ["peaceful", "deadly", "full", "full and deadly"])
 def test_long_random_programs_come_to_their_end(layout: int, kind: str) -> None:
     for seed in range(8):
         random = Random(f"{layout} {kind} {seed}")
-        program = make_program(layout, random, is_small=kind == "full", drivers=1 + seed % 2)
+        program = make_program(layout, random, is_small="full" in kind, drivers=1 + seed % 2)
         for _ in range(120):
-            random_step(program, random, kills=kind == "deadly", failures=kind == "deadly")
-            if kind == "full" and random.random() < 0.1:
-                random.choice([program.fill_disk, program.damage_disk])()
+            random_step(program, random, kills="deadly" in kind, failures="deadly" in kind)
+            if "full" in kind and random.random() < 0.1:
+                random.choice([program.fill_disk, program.damage_disk, program.stop_writing])()
             program.judge()
         program.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from hpcray.exceptions import GetTimeoutError
 from hpcray.object_ref import counted
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import decode_from_client, split_stream, stream_frame
+from hpcray.worker.serialization import Serialized
 
 PREFIX = ids.client_prefix(0, b"12345678", 1)
 X, Y = (ids.object_id(ids.task_id(PREFIX, number), 0) for number in (1, 2))
@@ -116,3 +118,29 @@ def test_a_get_that_times_out_does_not_end_a_future(raylet):
     assert said_nothing_more(raylet)
     raylet.send(m.InlineObject(Y, bytes([payload.RAW]) + b"value"))
     assert future.result(10) == b"value"
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+def test_a_put_that_is_interrupted_gives_its_memory_back(raylet, has_it, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    client = raylet.client
+    client.rank = 0
+    client.send(m.KeepForever([]))
+    while raylet.read() != m.KeepForever([]):
+        pass
+    value = Serialized([bytes(1 << 20)], [])
+    if has_it:
+        client._arenas[0] = SimpleNamespace(write=interrupted, close=lambda: None)
+        raylet.send(m.Reserved(X, 4096))
+    else:
+        monkeypatch.setattr(client, "wait_until", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        client.write_to_arena(X, value)
+    assert [raylet.read(), raylet.read()] == [m.Reserve(X, value.size), m.Unreserve(X)]
+    monkeypatch.undo()
+    raylet.send(m.Reserved(X, 4096))  # it was on its way when the put ended
+    raylet.send(m.InlineObject(Y, payload.NONE))
+    client.fetch([Y], None)
+    assert not client._reservations

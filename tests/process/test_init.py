@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+beyond_ray = pytest.mark.beyond_ray
 ON_RAY = os.environ.get("HPCRAY_TEST_IMPL") == "ray"
 
 
@@ -117,6 +118,34 @@ def test_asking_what_the_job_has_is_an_error_without_a_job(own_init, question):
     assert not hpcray.is_initialized()
 
 
+def test_the_node_has_the_labels_that_init_gives_it_and_those_of_its_own(own_init):
+    hpcray = own_init
+    hpcray.init(num_cpus=1, labels={"rack": "7", "ray.io/market-type": "spot"})
+    [node] = hpcray.nodes()
+    assert (
+        node["Labels"].items() >= {"rack": "7", "ray.io/market-type": "spot", "ray.io/node-id": node["NodeID"]}.items()
+    )
+    if not ON_RAY:
+        assert node["Labels"].items() >= {"hpcray/rank": "0", "hpcray/hostname": os.uname().nodename}.items()
+
+
+@pytest.mark.beyond_ray("variables of its own")
+def test_the_environment_says_what_init_leaves_open(own_init, monkeypatch):
+    hpcray = own_init
+    monkeypatch.setenv("HPCRAY_NUM_CPUS", "3")
+    monkeypatch.setenv("HPCRAY_NUM_GPUS", "1")
+    monkeypatch.setenv("HPCRAY_RESOURCES", '{"licence": 2}')
+    monkeypatch.setenv("HPCRAY_LABELS", "rack=7")
+    hpcray.init(num_gpus=2, resources={"disk": 1})
+    total = hpcray.cluster_resources()
+    assert (total["CPU"], total["GPU"], total["licence"], total["disk"]) == (3, 2, 2, 1)
+    assert hpcray.nodes()[0]["Labels"]["rack"] == "7"
+    hpcray.shutdown()
+    monkeypatch.setenv("HPCRAY_NUM_CPUS", "many")
+    with pytest.raises(ValueError, match="HPCRAY_NUM_CPUS"):
+        hpcray.init()
+
+
 def test_the_store_has_the_size_that_init_asks_for(own_init):
     hpcray = own_init
     hpcray.init(num_cpus=1, object_store_memory=100 * 1024 * 1024, namespace="study")
@@ -145,7 +174,14 @@ def test_address_auto_without_a_running_job_is_a_connection_error(own_init):
         ({"num_cpus": -1}, ValueError, "CPU"),
         ({"num_gpus": -1}, ValueError, "GPU"),
         ({"num_cpus": "two"}, (TypeError, AssertionError), "CPU|num_cpus"),
+        pytest.param({"num_cpus": float("nan")}, ValueError, "num_cpus", marks=beyond_ray("names the argument")),
+        pytest.param({"num_gpus": 0.5}, ValueError, "num_gpus", marks=beyond_ray("names the argument")),
         ({"resources": {"licence": -1}}, ValueError, "licence"),
+        ({"resources": {"licence": float("nan")}}, ValueError, "licence|NaN"),
+        pytest.param({"resources": {"": 1}}, ValueError, "name", marks=beyond_ray("refused")),
+        pytest.param({"labels": {"a b": "c"}}, ValueError, "a b", marks=beyond_ray("refused")),
+        pytest.param({"labels": {"a": 1}}, ValueError, "'a'", marks=beyond_ray("names the label")),
+        ({"labels": 3}, (TypeError, AttributeError, ValueError), "."),
         ({"resources": {"CPU": 1}}, (ValueError, AssertionError), "num_cpus"),
         ({"resources": 3}, TypeError, "."),
         ({"object_store_memory": 1}, ValueError, "1 "),

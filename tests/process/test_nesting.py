@@ -1,5 +1,9 @@
 """Tasks that submit tasks: on one CPU, to any depth, nothing deadlocks."""
 
+import contextlib
+import threading
+
+import psutil
 import pytest
 
 INIT = {"num_cpus": 1}
@@ -102,3 +106,94 @@ def test_an_actor_may_submit_tasks_and_wait_for_them(hpcray):
             return sum(hpcray.get([double.remote(x) for x in range(n)]))
 
     assert hpcray.get(Submitter.remote().run.remote(4)) == 12
+
+
+def most_workers_during(call):
+    """What it returns, and how many worker processes there were at most while it ran."""
+    counts, is_over = [0], threading.Event()
+
+    def count():
+        while not is_over.wait(0.02):
+            names = []
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    names.append(process.name())
+            counts.append(sum(name == "hpcray:worker" for name in names))
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    try:
+        return call(), max(counts)
+    finally:
+        is_over.set()
+        counter.join()
+
+
+@pytest.mark.beyond_ray("Ray starts other tasks while those that a worker waits for are queued")
+def test_recursion_needs_as_many_processes_as_it_is_deep(hpcray):
+    @hpcray.remote
+    def fib(n):
+        return n if n < 2 else sum(hpcray.get([fib.remote(n - 1), fib.remote(n - 2)]))
+
+    value, most = most_workers_during(lambda: hpcray.get(fib.remote(10)))
+    assert value == 55
+    assert most <= 14
+
+
+@pytest.mark.beyond_ray("Ray starts other tasks while those that a worker waits for are queued")
+def test_many_parents_that_wait_for_a_child_need_few_processes(hpcray):
+    @hpcray.remote
+    def child(x):
+        return x
+
+    @hpcray.remote
+    def parent(x):
+        return hpcray.get(child.remote(x))
+
+    values, most = most_workers_during(lambda: hpcray.get([parent.remote(x) for x in range(1000)]))
+    assert values == list(range(1000))
+    assert most <= 6
+
+
+def test_recursion_sixty_deep_through_wait_on_one_cpu(hpcray):
+    @hpcray.remote
+    def descend(depth):
+        if depth == 0:
+            return 0
+        (ready, _) = hpcray.wait([descend.remote(depth - 1)])
+        return 1 + hpcray.get(ready[0])
+
+    assert hpcray.get(descend.remote(60)) == 60
+
+
+def test_tasks_and_actors_may_wait_for_each_other_in_turns(hpcray):
+    @hpcray.remote(num_cpus=0)
+    class Asker:
+        def ask(self, depth):
+            return 1 + hpcray.get(descend.remote(depth - 1))
+
+    @hpcray.remote
+    def descend(depth):
+        return depth if depth <= 0 else 1 + hpcray.get(Asker.remote().ask.remote(depth - 1))
+
+    assert hpcray.get(descend.remote(12)) == 12
+
+
+def test_a_task_whose_argument_is_missing_holds_up_nobody(hpcray, gate):
+    @hpcray.remote(num_cpus=0)
+    def slow():
+        gate.wait()
+        return 1
+
+    @hpcray.remote
+    def add_one(x):
+        return x + 1
+
+    @hpcray.remote
+    def other():
+        return 0
+
+    lacking = [add_one.remote(slow.remote()) for _ in range(3)]
+    assert hpcray.get([add_one.remote(1), other.remote(), add_one.remote(2)], timeout=20) == [2, 0, 3]
+    gate.open()
+    assert hpcray.get(lacking) == [2, 2, 2]

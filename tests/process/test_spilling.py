@@ -244,17 +244,14 @@ def test_a_killed_reader_gives_its_memory_back(job, gate, wait_until):
 def test_a_writer_killed_in_the_middle_of_a_put_costs_no_byte(job):
     @job.remote(max_retries=0)
     def die_while_writing():
-        from hpcray import ids
-        from hpcray.client import require_client
-        from hpcray.protocol import messages as m
+        from hpcray.store.arena import Arena
 
-        client = require_client()
-        identifier = ids.object_id(client.new_task_id(), 0)
-        client.send(m.Reserve(identifier, 50 * MEGABYTE))
-        client.wait_until(lambda: identifier in client._reservations, None)
-        offset = client._reservations[identifier]
-        client._arenas[client.rank].view(offset, MEGABYTE)[:] = bytes(MEGABYTE)
-        os.kill(os.getpid(), signal.SIGKILL)
+        def write_a_part(arena, offset, parts):
+            arena.view(offset, MEGABYTE)[:] = bytes(MEGABYTE)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Arena.write = write_a_part
+        job.put(bytes(50 * MEGABYTE))
 
     small = job.put(value(7))
     for _ in range(3):

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from hpcray.client import require_client
-from hpcray.ids import object_id
 from hpcray.observe.statistics import StoreStatistics
-from hpcray.protocol import messages as m
+from hpcray.store.arena import Arena
 
 INIT = {"num_cpus": 2, "object_store_memory": 400 * 1024 * 1024}
 MEGABYTE = 1_000_000
@@ -180,19 +179,31 @@ def test_what_a_killed_reader_looked_at_comes_back(hpcray, wait_until):
 def test_what_a_killed_writer_had_reserved_comes_back(hpcray, wait_until):
     @hpcray.remote(max_retries=0)
     def write_and_die():
-        client = require_client()
-        identifier = object_id(client.new_task_id(), 0)
-        client.send(m.Reserve(identifier, 50 * MEGABYTE))
-        client.wait_until(lambda: identifier in client._reservations, None)
-        offset = client._reservations[identifier]
-        client._arenas[client.rank].write(offset, [b"half of it"])
-        os.kill(os.getpid(), signal.SIGKILL)
+        def write_a_part(arena, offset, parts):
+            arena.view(offset, MEGABYTE)[:] = bytes(MEGABYTE)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Arena.write = write_a_part
+        hpcray.put(bytes(50 * MEGABYTE))
 
     wait_until(lambda: store().free == store().size, on_timeout=store)
     with pytest.raises(hpcray.exceptions.WorkerCrashedError):
         hpcray.get(write_and_die.remote())
     wait_until(lambda: store().free == store().size, on_timeout=store)
     assert hpcray.get(hpcray.put(np.ones(350 * MEGABYTE, np.uint8))).nbytes == 350 * MEGABYTE, "in one piece"
+
+
+def test_a_put_that_is_interrupted_keeps_nothing(hpcray, monkeypatch):
+    def interrupt(arena, offset, parts):
+        raise KeyboardInterrupt
+
+    before = store()
+    monkeypatch.setattr(Arena, "write", interrupt)
+    for _ in range(9):
+        with pytest.raises(KeyboardInterrupt):
+            hpcray.put(bytes(50 * MEGABYTE))
+    monkeypatch.undo()
+    assert (store().writing, store().free) == (before.writing, before.free)
 
 
 def test_an_object_larger_than_the_arena_is_refused_with_both_sizes(hpcray):

@@ -295,6 +295,11 @@ class SlurmCluster:
         (self.base / "etc" / "hosts").write_text("".join(lines))
         configuration = (HERE / "slurm.conf").read_text().format(hosts=len(self.hosts), cpus=CPUS_PER_HOST)
         (self.base / "etc" / "slurm" / "slurm.conf").write_text(configuration)
+        # Every other host is on another switch, so that neighbours by name are none by network.
+        leaves = {leaf: hosts for leaf in (0, 1) if (hosts := ",".join(list(self.hosts)[leaf::2]))}
+        switches = [f"SwitchName=leaf{leaf} Nodes={hosts}\n" for leaf, hosts in leaves.items()]
+        switches.append(f"SwitchName=spine Switches={','.join(f'leaf{leaf}' for leaf in leaves)}\n")
+        (self.base / "etc" / "slurm" / "topology.conf").write_text("".join(switches))
         # No cgroup is used, but slurmd would still set up those of version 2, which needs systemd.
         (self.base / "etc" / "slurm" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 

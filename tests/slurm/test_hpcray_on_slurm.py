@@ -75,6 +75,25 @@ print("nodes", len(hpcray.nodes()), flush=True)
 """
 
 
+NEIGHBOURS = """
+import socket
+
+import hpcray
+from hpcray.util.placement_group import placement_group
+from hpcray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+@hpcray.remote(num_cpus=1)
+def host():
+    return socket.gethostname()
+
+hpcray.init()
+group = placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD")
+assert group.wait(60)
+inside = [PlacementGroupSchedulingStrategy(group, index) for index in (0, 1)]
+print("hosts", sorted(hpcray.get([host.options(scheduling_strategy=bundle).remote() for bundle in inside])), flush=True)
+"""
+
+
 @pytest.fixture(params=["openmpi:pmix", "mpich:pmi2"])
 def library(request: pytest.FixtureRequest) -> tuple[str, str]:
     """An interpreter and the PMI under which its MPI library runs."""
@@ -172,3 +191,14 @@ def test_mpirun_inside_a_batch_job_spans_its_hosts(
     done = slurm_cluster.sbatch(textwrap.dedent(batch), cwd=tmp_path, env=PYTHONPATH)
     assert done.returncode == 0, done
     assert "hosts ['n1', 'n2', 'n3'] nodes 3" in done.stdout, done
+
+
+def test_bundles_are_placed_on_hosts_of_one_switch(
+    slurm_cluster: SlurmCluster, library: tuple[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "neighbours.py").write_text(NEIGHBOURS)
+    done = run(slurm_cluster, *library, "--num-cpus", "1", "neighbours.py", cwd=tmp_path)
+    assert done.returncode == 0, done
+    assert "hosts ['n1', 'n3']" in done.stdout, done
+    shown = slurm_cluster.srun(["printenv", "SLURM_TOPOLOGY_ADDR"])
+    assert sorted(shown.stdout.split()) == ["spine.leaf0.n1", "spine.leaf0.n3", "spine.leaf1.n2"], shown

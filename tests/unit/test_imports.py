@@ -22,10 +22,12 @@ MAY_IMPORT_MPI = {
 CORES = {
     "protocol/messages.py", "protocol/codec.py", "ids.py", "resources.py", "payload.py", "exceptions.py",
     "store/table.py", "store/entry.py", "store/references.py", "store/memory.py", "store/transfers.py", "store/pulls.py",
-    "store/allocator.py", "store/first_touch.py", "store/spilling.py",
+    "store/allocator.py", "store/first_touch.py", "store/spilling.py", "store/pressure.py",
     "raylet/core.py", "raylet/tasks.py", "raylet/calls.py", "raylet/pool.py", "raylet/actors.py", "raylet/ledger.py",
-    "raylet/lanes.py", "raylet/clients.py", "raylet/surveys.py", "raylet/dependencies.py", "observe/statistics.py",
-    "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py",
+    "raylet/lanes.py", "raylet/groups.py", "raylet/clients.py", "raylet/surveys.py", "raylet/dependencies.py",
+    "raylet/queues.py", "raylet/binding.py",
+    "raylet/sharing.py", "raylet/explaining.py", "observe/statistics.py", "observe/findings.py",
+    "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py", "gcs/views.py", "gcs/groups.py", "gcs/policies.py", "gcs/packing.py",
 }  # fmt: skip
 IMPURE = {
     "os", "socket", "time", "threading", "selectors", "select", "signal", "subprocess", "multiprocessing", "asyncio",
@@ -77,7 +79,7 @@ def test_all_cores_exist():
 
 
 LAYERS = {
-    "values": {"ids", "resources", "payload", "exceptions", "config", "observe.statistics"},
+    "values": {"ids", "resources", "payload", "exceptions", "config", "observe.statistics", "observe.findings"},
     "protocol": {"protocol"},
     "cores": {
         "gcs",

@@ -8,7 +8,8 @@ import pytest
 
 from hpcray import ids, payload
 from hpcray.gcs.actors import ALIVE, DEAD, PENDING, STARTING, ActorRecord, Actors
-from hpcray.gcs.scheduling import NodeView
+from hpcray.gcs.groups import PlacementGroups
+from hpcray.gcs.views import NodeView
 from hpcray.protocol import messages as m
 from hpcray.resources import UNIT
 
@@ -33,11 +34,11 @@ class Directory(Actors):
 
     def __init__(self, restarts: int = 0, **fields: Any) -> None:
         self.out = Out()
-        self.nodes = {rank: NodeView(CPU) for rank in (0, 1)}
+        self.nodes = {rank: NodeView(rank, CPU) for rank in (0, 1)}
         options = m.ActorOptions(max_restarts=restarts)
         values: dict[str, Any] = {"num_returns": 0, "resources": CPU, "max_retries": 0, "actor": options, **fields}
         template = m.Template(job=b"job", function=b"class", name="A", **values)
-        super().__init__(self.nodes, lambda _: template, self.out)
+        super().__init__(self.nodes, PlacementGroups(self.nodes, self.out), lambda _: template, self.out)
 
     def register(
         self, actor: bytes, name: str = "", *, detached: bool = False, error: bytes | None = None
@@ -75,7 +76,7 @@ def test_an_actor_is_placed_started_and_announced(directory):
     directory.place()
     assert record.state == STARTING
     assert directory.out.take() == [(HOME, m.PlaceActor(A, 1, 0))]
-    assert directory.nodes[0].placing == {A: CPU}
+    assert directory.nodes[0].placing == {A: [CPU]}
     directory.on_started(m.ActorStarted(A, 1, None))
     assert not directory.nodes[0].placing
     assert changes(directory.out.take()) == [(HOME, ALIVE)]
@@ -87,20 +88,31 @@ def test_the_node_with_the_fewest_actors_is_chosen(directory):
 
 def test_without_room_it_waits_until_a_node_reports_some(directory):
     for node in directory.nodes.values():
-        node.on_load(m.Load({"CPU": 0}, {}, {}))
+        node.on_load(m.Load({"CPU": 0}, {}, {}, {}))
     directory.register(A)
     directory.place()
     assert directory.is_waiting_for_room
-    directory.nodes[1].on_load(m.Load(CPU, {}, {}))
+    directory.nodes[1].on_load(m.Load(CPU, {}, {}, {}))
     directory.place()
     assert directory.records[A].rank == 1
     assert not directory.is_waiting_for_room
 
 
-@pytest.mark.parametrize(("soft", "rank"), [(False, -1), (True, 0)])
-def test_affinity_to_a_full_node(soft, rank):
+@pytest.mark.parametrize("soft", [False, True])
+def test_affinity_waits_for_its_node(soft):
     directory = Directory(node=1, node_is_soft=soft)
-    directory.nodes[1].on_load(m.Load({"CPU": 0}, {}, {}))
+    directory.nodes[1].on_load(m.Load({"CPU": 0}, {}, {}, {}))
+    record = directory.register(A)
+    directory.place()
+    assert record.rank == -1
+    directory.nodes[1].on_load(m.Load(CPU, {}, {}, {}))
+    directory.place()
+    assert record.rank == 1
+
+
+@pytest.mark.parametrize(("soft", "rank"), [(False, -1), (True, 0)])
+def test_affinity_to_a_node_that_does_not_exist(soft, rank):
+    directory = Directory(node=7, node_is_soft=soft)
     record = directory.register(A)
     directory.place()
     assert record.rank == rank
@@ -206,7 +218,7 @@ def test_an_end_while_starting_is_repeated_when_it_lives(directory):
     directory.on_unreferenced(A)
     assert directory.out.take(m.StopActor) == []
     directory.on_started(m.ActorStarted(A, 1, None))
-    assert directory.out.take(m.StopActor) == [(0, m.StopActor(A, drain=True))]
+    assert directory.out.take(m.StopActor) == [(0, m.StopActor(A, drain=True, why="its last handle went out of scope"))]
 
 
 def test_a_kill_before_the_registration_is_remembered(directory):
@@ -220,7 +232,7 @@ def test_a_kill_ends_the_worker_and_no_restart_follows():
     record = directory.started(A)
     directory.out.take()
     directory.on_kill(A, no_restart=True)
-    assert directory.out.take() == [(0, m.StopActor(A, drain=False))]
+    assert directory.out.take() == [(0, m.StopActor(A, drain=False, why="it was ended by hpcray.kill()"))]
     directory.on_ended(m.ActorEnded(A, 1, b"killed"))
     assert record.state == DEAD
 
@@ -247,6 +259,6 @@ def test_the_end_of_a_job_ends_its_actors_but_the_detached(directory):
     waiting = directory.register(C)
     directory.out.take()
     directory.end_job(lambda _: True)
-    assert directory.out.take(m.StopActor) == [(0, m.StopActor(A, drain=False))]
+    assert directory.out.take(m.StopActor) == [(0, m.StopActor(A, drain=False, why="its job ended"))]
     assert detached.state == PENDING
     assert waiting.state == DEAD

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from hpcray.gcs.scheduling import NodeView, Scheduler
+from hpcray.gcs.groups import PlacementGroups
+from hpcray.gcs.scheduling import Scheduler
+from hpcray.gcs.views import NodeView
 from hpcray.protocol import messages as m
 from hpcray.resources import UNIT, Shape
 
@@ -22,7 +24,13 @@ def template(**fields: Any) -> m.Template:
 
 def scheduler(*cpus: int, **classes: m.Template) -> Scheduler:
     known = {F: template(), G: template(), **{name.encode(): spec for name, spec in classes.items()}}
-    return Scheduler({rank: {"CPU": count * UNIT} for rank, count in enumerate(cpus)}, known.__getitem__)
+    nodes = {rank: NodeView(rank, {"CPU": count * UNIT}) for rank, count in enumerate(cpus)}
+    return Scheduler(nodes, PlacementGroups(nodes, Out()), known.__getitem__)
+
+
+class Out:
+    def send(self, rank: int, message: m.PeerMessage) -> None:
+        raise AssertionError("no group is about to change")
 
 
 def granted(grants: list[tuple[int, m.Grant]]) -> Counter[tuple[int, int]]:
@@ -34,7 +42,12 @@ def granted(grants: list[tuple[int, m.Grant]]) -> Counter[tuple[int, int]]:
 
 
 def load(free: int, room: dict[bytes, int] | None = None, arrived: dict[bytes, int] | None = None) -> m.Load:
-    return m.Load({"CPU": free * UNIT}, room or {}, arrived or {})
+    return m.Load({"CPU": free * UNIT}, {}, room or {}, arrived or {})
+
+
+def report(gcs: Scheduler, rank: int, load: m.Load) -> None:
+    gcs.nodes[rank].on_load(load)
+    gcs.on_room(rank)
 
 
 def test_no_more_is_granted_than_there_is_room_for():
@@ -51,11 +64,11 @@ def test_what_was_granted_and_has_not_arrived_takes_up_room():
     assert granted(gcs.grants()) == {(0, 1): 2}
     gcs.nodes[1].on_load(load(2))  # a report from before the tasks came
     assert gcs.grants() == []
-    gcs.nodes[1].on_load(load(1, {F: 1}, {F: 1}))
+    report(gcs, 1, load(1, {F: 1}, {F: 1}))
     assert gcs.grants() == []
-    gcs.nodes[1].on_load(load(0, {F: 0}, {F: 2}))
+    report(gcs, 1, load(0, {F: 0}, {F: 2}))
     assert gcs.grants() == []
-    gcs.nodes[1].on_load(load(1, {F: 1}, {F: 2}))
+    report(gcs, 1, load(1, {F: 1}, {F: 2}))
     assert granted(gcs.grants()) == {(0, 1): 1}
 
 
@@ -65,7 +78,7 @@ def test_a_grant_that_comes_back_is_a_place_again():
     gcs.grants()
     gcs.on_demand(2, m.Demand(F, 1))
     assert gcs.grants() == []
-    gcs.nodes[1].give_back(F, 1)
+    gcs.on_returned(m.GrantReturned(F, 1, 1))
     assert granted(gcs.grants()) == {(2, 1): 1}
 
 
@@ -91,8 +104,7 @@ def test_a_demand_is_absolute_and_zero_takes_it_back():
 def test_spread_gives_each_node_one_at_a_time():
     gcs = scheduler(4, 4, 4, f=template(spread=True))
     gcs.on_demand(0, m.Demand(F, 6))
-    assert granted(gcs.grants()) == {(0, 0): 1, (0, 1): 1, (0, 2): 1}
-    assert granted(gcs.grants()) == {(0, 0): 1, (0, 1): 1, (0, 2): 1}
+    assert granted(gcs.grants()) == {(0, 0): 2, (0, 1): 2, (0, 2): 2}
     assert not gcs.has_demands
 
 
@@ -125,16 +137,16 @@ def test_the_demands_of_an_ended_job_are_forgotten():
 
 
 def test_actors_on_their_way_take_up_room_for_actors():
-    node = NodeView({"CPU": 2 * UNIT})
-    node.placing[b"a"] = CPU
-    assert node.has_room_for_actor(CPU)
-    node.placing[b"b"] = CPU
-    assert not node.has_room_for_actor(CPU)
-    assert node.has_room_for_actor({})
+    node = NodeView(0, {"CPU": 2 * UNIT})
+    node.placing[b"a"] = [CPU]
+    assert node.has_room_for(CPU)
+    node.placing[b"b"] = [CPU]
+    assert not node.has_room_for(CPU)
+    assert node.has_room_for({})
 
 
 def test_an_overdrawn_node_has_no_room():
-    node = NodeView({"CPU": UNIT})
+    node = NodeView(0, {"CPU": UNIT})
     node.on_load(load(-1))
-    assert node.places(F, CPU) == 0
-    assert not node.has_room_for_actor(CPU)
+    assert node.places(F, 0) == 0
+    assert not node.has_room_for(CPU)

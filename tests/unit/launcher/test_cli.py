@@ -68,7 +68,9 @@ def test_every_option_arrives(asked):
             "--num-cpus",
             "2",
             "--num-gpus",
-            "0.5",
+            "3",
+            "--labels",
+            "rack=7",
             "--resources",
             '{"disk": 1}',
             "--object-store-memory",
@@ -90,7 +92,8 @@ def test_every_option_arrives(asked):
     assert options == JobOptions(
         script=[sys.executable, "script.py"],
         num_cpus=2,
-        num_gpus=0.5,
+        num_gpus=3,
+        labels={"rack": "7"},
         resources={"disk": 1.0},
         object_store_memory=4096,
         head_cpus=0,
@@ -99,6 +102,15 @@ def test_every_option_arrives(asked):
         namespace="n",
     )
     assert mpirun == "/m"
+
+
+def test_the_environment_says_what_the_command_line_leaves_open(asked, refused, monkeypatch):
+    told = {"HPCRAY_NUM_CPUS": "3", "HPCRAY_NUM_GPUS": "1", "HPCRAY_LABELS": "rack=7,kind=slow"}
+    monkeypatch.setattr(cli.os, "environ", told)
+    options, _, _ = asked("run", "--num-gpus", "2", "--labels", "kind=fast", "script.py")
+    assert (options.num_cpus, options.num_gpus, options.labels) == (3, 2, {"rack": "7", "kind": "fast"})
+    told["HPCRAY_RESOURCES"] = "licence=2"
+    assert "the environment variable HPCRAY_RESOURCES: not JSON" in refused("run", "script.py")
 
 
 def test_a_module_needs_no_file(asked):
@@ -132,6 +144,7 @@ def test_the_scripts_python_has_this_ones_flags(asked, monkeypatch):
         JobOptions(script=["PYTHON", "script.py", "--num-cpus", "3"], num_cpus=1, resources={"a": 1.0}),
         JobOptions(script=["PYTHON", "doctor"], head_cpus=2, log_to_driver=False, object_store_memory=5),
         JobOptions(script=["PYTHON", "-m", "package.module", "-x"], namespace="n", log_dir="d", num_gpus=0),
+        JobOptions(labels={"rack": "7", "ray.io/market-type": ""}, num_gpus=2),
     ],
 )
 def test_a_rank_that_mpirun_starts_is_asked_for_the_same(asked, options):
@@ -152,7 +165,13 @@ def test_a_rank_that_mpirun_starts_is_asked_for_the_same(asked, options):
         (["run", "-n", "x", "script.py"], "'x' is not a valid integer"),
         (["run", "--frob", "script.py"], "--frob"),
         (["run", "--resources", "{", "script.py"], "'--resources': not JSON"),
-        (["run", "--resources", '{"CPU": 1}', "script.py"], "it comes from --num-cpus"),
+        (["run", "--resources", '{"CPU": 1}', "script.py"], "it comes from num_cpus (--num-cpus)"),
+        (["run", "--num-gpus", "0.5", "script.py"], "'--num-gpus': '0.5' is not a whole number >= 0"),
+        (
+            ["run", "--labels", "rack", "script.py"],
+            "'--labels': 'rack' is not a label; write for example rack=7,kind=fast",
+        ),
+        (["run", "--labels", "ray.io/node-id=x", "script.py"], "'ray.io/node-id' is set by hpcray itself"),
         (["run", "--num-cpus", "-1", "script.py"], "'--num-cpus': '-1' is not a number >= 0"),
         (["run", "--object-store-memory", "3q", "script.py"], "'3q' is not a size"),
         (["script.py", "x"], "did you mean: hpcray run script.py x"),

@@ -5,7 +5,8 @@ import pytest
 from hpcray.launcher import facts
 from hpcray.launcher.doctor import Finding, examine, exit_code, render
 from hpcray.launcher.facts import Facts, MpiFacts
-from hpcray.raylet.detect import CpuReport, Gpu, GpuReport, MemoryReport
+from hpcray.raylet.accelerators import Device, DeviceReport
+from hpcray.raylet.detect import CpuReport, MemoryReport
 
 GIB = 2**30
 ALONE = Facts(
@@ -16,9 +17,13 @@ ALONE = Facts(
     mpi=MpiFacts("Open MPI v5.0.11", "funneled", has_ulfm=True),
     cpus=CpuReport(8, frozenset(range(8))),
     memory=MemoryReport(32 * GIB),
-    gpus=GpuReport(reason="no NVIDIA driver on this host"),
+    gpus=DeviceReport(reason="no GPU driver on this host"),
     descriptors=65536,
 )
+
+
+def gpu(uuid, kind="H100"):
+    return Device(uuid, uuid, int(uuid[-1]) - 1, kind, 80 * GIB, kind)
 
 
 def ranks(*hosts, **changed):
@@ -43,7 +48,7 @@ def test_a_healthy_host_is_all_ok():
 def test_facts_travel():
     odd = replace(
         ALONE,
-        gpus=GpuReport((Gpu("GPU-1", "H100", 80),)),
+        gpus=DeviceReport((gpu("GPU-1"),), reason="CUDA_VISIBLE_DEVICES=0", problem="GPU 1 is lost"),
         slurm={"SLURM_JOB_ID": "7"},
         cpus=CpuReport(8, frozenset({1, 3}), 1.5, 2, 4, 1),
     )
@@ -51,7 +56,9 @@ def test_facts_travel():
 
 
 LONE_CPU = CpuReport(8, frozenset({0}))
-H100S = GpuReport((Gpu("GPU-1", "H100", 80), Gpu("GPU-2", "H100", 80)))
+H100S = DeviceReport((gpu("GPU-1"), gpu("GPU-2")))
+MIXED = DeviceReport((gpu("GPU-1"), gpu("GPU-2", "A100")))
+LOST = DeviceReport((gpu("GPU-1"),), problem="GPU 1 does not answer: GPU is lost")
 
 
 @pytest.mark.parametrize(
@@ -89,10 +96,14 @@ H100S = GpuReport((Gpu("GPU-1", "H100", 80), Gpu("GPU-2", "H100", 80)))
         ("CPUs", [replace(ALONE, cpus=replace(ALONE.cpus, quota=0.5))], "WARN", "allows 0.5 of one"),
         ("memory", ranks("a", "a", "b"), "OK", "64.0 GiB in all"),
         ("memory", ranks("a", "a", memory=MemoryReport(32 * GIB, GIB)), "WARN", "0.5 GiB for each rank of a"),
-        ("GPUs", ranks("a", "a", "b", gpus=H100S), "OK", "4 x H100"),
+        ("GPUs", [ALONE], "OK", "none (no GPU driver on this host)"),
+        ("GPUs", ranks("a", "a", gpus=H100S), "OK", "2 x H100"),
+        ("GPUs", ranks("a", "a", gpus=LOST), "WARN", "1 x H100; rank 0 on a: GPU 1 does not answer: GPU is lost"),
+        ("GPUs", [replace(ALONE, gpus=MIXED)], "WARN", "1 x H100, 1 x A100; several kinds"),
+        ("GPUs", ranks("a", "a", "a", gpus=MIXED), "OK", "1 x H100, 1 x A100"),
         (
             "GPUs",
-            [replace(ALONE, gpus=GpuReport(reason="the NVIDIA driver does not answer: x"))],
+            [replace(ALONE, gpus=DeviceReport(problem="the NVIDIA driver does not answer: x"))],
             "WARN",
             "does not answer",
         ),
@@ -130,6 +141,19 @@ def test_slurms_remedy_names_the_librarys_pmi():
 def test_only_a_failure_fails():
     assert exit_code([Finding("WARN", "t", "d", "r")]) == 0
     assert exit_code([Finding("OK", "t", "d"), Finding("FAIL", "t", "d", "r")]) == 1
+
+
+def test_gpus_are_listed_by_the_rank_that_will_offer_them():
+    everybody = ranks("a", "a", "a", "b", gpus=H100S)
+    everybody[3] = replace(everybody[3], gpus=DeviceReport((gpu("GPU-3"),)))
+    lines = render(everybody, examine(everybody)).splitlines()
+    assert [line.split()[9] for line in lines[1:5]] == ["0", "1", "1", "1"]
+    assert lines[6].split() == ["rank", "host", "GPU", "name", "memory", "UUID"]
+    assert [line.split() for line in lines[7:10]] == [
+        ["1", "a", "0", "H100", "80.0", "GiB", "GPU-1"],
+        ["2", "a", "1", "H100", "80.0", "GiB", "GPU-2"],
+        ["3", "b", "2", "H100", "80.0", "GiB", "GPU-3"],
+    ]
 
 
 def test_the_report_is_a_table_and_a_line_each():

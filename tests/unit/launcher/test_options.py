@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,8 +11,11 @@ from hpcray.launcher.options import (
     interpreter_flags,
     job_arguments,
     parse_amount,
+    parse_count,
+    parse_labels,
     parse_resources,
     parse_size,
+    with_environment,
 )
 
 
@@ -61,7 +65,11 @@ def test_resources_are_numbers_by_name():
         ('{"a": "1"}', 'must be a number, not "1"'),
         ('{"a": true}', "must be a number, not true"),
         ('{"a": NaN}', "must be a number"),
+        ('{"a": Infinity}', "must be a number"),
         ('{"a": -1}', "must not be negative"),
+        ('{"a": 1e-9}', "the finest that is counted"),
+        ('{"object_store_memory": 1}', "--object-store-memory"),
+        ('{"node:here": 1}', "every node has its own"),
     ],
 )
 def test_bad_resources_are_named(text, told):
@@ -79,6 +87,98 @@ def test_amounts_are_whole_where_they_can_be():
 def test_amounts_are_finite_and_not_negative(text):
     with pytest.raises(ValueError, match="is not a number >= 0"):
         parse_amount(text)
+
+
+def test_gpus_are_whole():
+    assert parse_count("0") == 0
+    assert parse_count("16") == 16
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "0.5", "1e2", "two", "", "²"])
+def test_a_part_of_a_gpu_is_not_offered(text):
+    with pytest.raises(ValueError, match="is not a whole number >= 0"):
+        parse_count(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("", {}),
+        ("rack=7", {"rack": "7"}),
+        ("rack=7, kind = fast,", {"rack": "7", "kind": "fast"}),
+        ("empty=", {"empty": ""}),
+        ("ray.io/market-type=spot,my.site/x_y.z=A-1", {"ray.io/market-type": "spot", "my.site/x_y.z": "A-1"}),
+        (' {"rack": "7", "ray.io/node-group": "gpu"}', {"rack": "7", "ray.io/node-group": "gpu"}),
+    ],
+)
+def test_labels_are_pairs_or_json(text, labels):
+    assert parse_labels(text) == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("rack", "'rack' is not a label"),
+        ("=7", "'' is not the key of a label"),
+        ("-a=7", "'-a' is not the key of a label"),
+        ("a/b/c=7", "'a/b/c' is not the key of a label"),
+        ("/a=7", "'/a' is not the key of a label"),
+        (f"{'k' * 64}=7", "is not the key of a label"),
+        (f"{'d.' * 150}d/k=7", "is not the key of a label"),
+        ("a=b=c", "'b=c' is not a value of the label 'a'"),
+        ("a=b c", "'b c' is not a value of the label 'a'"),
+        (f"a={'v' * 64}", "is not a value of the label 'a'"),
+        ("hpcray/rank=3", "the label 'hpcray/rank' is set by hpcray itself"),
+        ("ray.io/node-id=3", "the label 'ray.io/node-id' is set by hpcray itself"),
+        ('{"a": 7}', "7 is not a value of the label 'a'"),
+        ('{"a"}', "not JSON"),
+    ],
+)
+def test_bad_labels_are_named(text, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        parse_labels(text)
+
+
+EVERYTHING = {
+    "HPCRAY_NUM_CPUS": "1.5",
+    "HPCRAY_NUM_GPUS": "2",
+    "HPCRAY_HEAD_CPUS": "0",
+    "HPCRAY_OBJECT_STORE_MEMORY": "1GiB",
+    "HPCRAY_RESOURCES": '{"licence": 2, "disk": 1}',
+    "HPCRAY_LABELS": "rack=7",
+}
+
+
+def test_the_environment_gives_what_was_left_open():
+    assert with_environment(JobOptions(), {}) == JobOptions()
+    assert with_environment(JobOptions(), dict.fromkeys(EVERYTHING, "")) == JobOptions()
+    assert with_environment(JobOptions(), EVERYTHING) == JobOptions(
+        num_cpus=1.5,
+        num_gpus=2,
+        head_cpus=0,
+        object_store_memory=2**30,
+        resources={"licence": 2.0, "disk": 1.0},
+        labels={"rack": "7"},
+    )
+
+
+def test_what_was_asked_for_outdoes_the_environment():
+    asked = JobOptions(
+        num_cpus=0,
+        num_gpus=0,
+        head_cpus=1,
+        object_store_memory=5,
+        resources={"licence": 1.0},
+        labels={"rack": "8", "kind": "fast"},
+    )
+    merged = {"licence": 1.0, "disk": 1.0}
+    assert with_environment(asked, EVERYTHING) == replace(asked, resources=merged)
+
+
+@pytest.mark.parametrize("name", [*EVERYTHING])
+def test_a_variable_that_does_not_parse_is_named(name):
+    with pytest.raises(ValueError, match=f"the environment variable {name}: "):
+        with_environment(JobOptions(), {name: "?"})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hpcray import payload
+from hpcray import ids, payload
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work
 from hpcray.raylet.dependencies import Claims
@@ -397,3 +397,23 @@ def test_calls_of_an_actor_that_is_ended_while_their_arguments_come_are_answered
     cluster.run()
     assert payload.describe_system_error(driver.errors[call])[0] == "ActorDiedError"
     release_all(cluster)
+
+
+def test_arguments_too_large_for_a_prefetch_are_fetched_when_another_class_gives_its_place_up():
+    # A task on rank 1 starts another there, just before one from rank 0 comes: that has no place then.
+    cluster = Cluster([0, 1], arena_size=1 << 13)
+    driver = cluster.add_driver()
+    large = put(cluster, driver)
+    driver.submit(on_1(cluster, driver, "parent", resources={}))
+    cluster.run()
+    parent = cluster.worker_on(1)
+    late = {("rank", 0, 1)}
+    (ref,) = driver.submit(on_1(cluster, driver), [large])
+    cluster.run(hold=late)
+    parent.submit(cluster.template(parent, "child"))
+    cluster.run(hold=late)
+    (child,) = (worker for worker in cluster.running if worker is not parent)
+    cluster.run()
+    child.finish(keep=True)
+    cluster.run()
+    assert ids.task_of(ref) in {worker.running.task for worker in cluster.running if worker.running}

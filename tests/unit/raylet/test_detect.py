@@ -1,24 +1,9 @@
-from pathlib import Path
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from hpcray.raylet.accelerators import Device, DeviceReport
 from hpcray.raylet.cgroup import CgroupLimits
-from hpcray.raylet.detect import (
-    CpuReport,
-    Gpu,
-    MemoryReport,
-    RankMask,
-    RankMemory,
-    detect_cpus,
-    detect_gpus,
-    detect_memory,
-    share,
-    share_gpus,
-    share_memory,
-    visible_gpus,
-)
+from hpcray.raylet.detect import CpuReport, MemoryReport, detect_cpus, detect_devices, detect_memory
+from hpcray.raylet.sharing import RankMask
 
 NO_LIMITS = CgroupLimits()
 
@@ -127,124 +112,27 @@ def test_the_memory_of_a_job_is_read_where_its_host_keeps_it(root, limits, job, 
     assert detect_memory(job, root).usable == usable
 
 
-def test_a_hosts_memory_is_shared_by_its_ranks_and_a_part_of_it_is_the_store():
-    assert share_memory([10 * 2**30], [None], 0.3) == [RankMemory(10 * 2**30, 3 * 2**30)]
-    assert (
-        share_memory([8 * 2**30, 10 * 2**30, 8 * 2**30, 9 * 2**30], [None] * 4, 0.5) == [RankMemory(2**31, 2**30)] * 4
-    )
+class Maker:
+    """An accelerator that reports what it was made with."""
+
+    variable = "X_VISIBLE_DEVICES"
+
+    def __init__(self, **report):
+        self.report = DeviceReport(**report)
+
+    def detect(self, env, root):
+        return self.report
 
 
-def test_a_store_that_was_asked_for_is_as_large_as_that_in_whole_pages():
-    assert share_memory([2**34, 2**34], [10**9, None], 0.25) == [
-        RankMemory(2**33, 10**9 - 10**9 % 4096),
-        RankMemory(2**33, 2**31),
-    ]
-    assert share_memory([1000 * 4096] * 2, [900 * 4096, 100 * 4096], 0.3)[0] == RankMemory(900 * 4096, 900 * 4096)
+DEVICE = Device("GPU-1", "0", 0, "X", 1)
 
 
-def test_stores_larger_than_the_memory_are_refused_with_the_sizes():
-    with pytest.raises(
-        ValueError, match=r"stores of 2,400,000,000 bytes in 2 ranks are more than the 2,000,000,000 bytes"
-    ):
-        share_memory([2 * 10**9, 3 * 10**9], [12 * 10**8] * 2, 0.3)
+def test_a_rank_has_the_devices_of_the_first_maker_that_has_any(root):
+    empty, broken = Maker(), Maker(problem="no answer")
+    other = Maker(devices=(DEVICE,), variable="Y")
+    assert detect_devices({}, root, [empty, broken, other, Maker(devices=(DEVICE,))]) == other.report
 
 
-@given(st.lists(st.integers(2**24, 2**45), min_size=1, max_size=8), st.floats(0.01, 1.0))
-def test_shares_never_exceed_what_there_is(usable, part):
-    dealt = share_memory(usable, [None] * len(usable), part)
-    assert sum(rank.total for rank in dealt) <= min(usable)
-    assert all(0 <= rank.store <= rank.total and rank.store % 4096 == 0 for rank in dealt)
-
-
-def test_without_a_driver_there_are_no_gpus_and_a_reason(root):
-    assert detect_gpus({}, root).gpus == ()
-    assert detect_gpus({}, root).reason == "no NVIDIA driver on this host"
-
-
-@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this host has an NVIDIA driver")
-def test_a_driver_that_does_not_answer_is_a_reason(root):
-    (root / "dev").mkdir()
-    (root / "dev/nvidiactl").touch()
-    report = detect_gpus({}, root)
-    assert report.gpus == ()
-    assert report.reason.startswith("the NVIDIA driver does not answer: ")
-
-
-GPUS = [Gpu(f"GPU-{letter * 4}", "H100", 80) for letter in "abc"]
-
-
-@pytest.mark.parametrize(
-    ("visible", "chosen"),
-    [
-        (None, [0, 1, 2]),
-        ("0,1,2", [0, 1, 2]),
-        ("2,0", [2, 0]),
-        ("GPU-b", [1]),
-        ("GPU-bbbb, GPU-c", [1, 2]),
-        ("", []),
-        ("-1", []),
-        ("0,7,1", [0]),
-        ("0,0", [0]),
-        ("GPU-", []),
-    ],
-)
-def test_cuda_visible_devices_is_read_as_cuda_does(visible, chosen):
-    report = visible_gpus(GPUS, visible)
-    assert list(report.gpus) == [GPUS[i] for i in chosen]
-    assert bool(report.reason) == (len(chosen) < 3)
-
-
-def test_parts_of_a_gpu_count_as_gpus():
-    assert [gpu.uuid for gpu in visible_gpus(GPUS, "MIG-1,MIG-2").gpus] == ["MIG-1", "MIG-2"]
-
-
-def test_a_driver_without_gpus_says_so():
-    assert visible_gpus([], None).reason == "the NVIDIA driver knows no GPU"
-
-
-def mask(cpus, shared=64, own=None):
-    return RankMask(frozenset(cpus), shared, own)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "counts"),
-    [
-        ([], []),
-        ([mask(range(8))], [8]),
-        ([mask(range(8))] * 3, [3, 3, 2]),
-        ([mask(range(2))] * 4, [1, 1, 1, 1]),
-        ([mask({0, 1}), mask({2, 3})], [2, 2]),
-        ([mask({0, 1}), mask({0})], [1, 1]),
-        ([mask({0, 1, 2, 3}), mask({0, 1})], [2, 2]),
-        ([mask(range(64), shared=16)] * 4, [4, 4, 4, 4]),
-        ([mask(range(64), shared=16, own=4)] * 4, [4, 4, 4, 4]),
-        ([mask(range(64), shared=16, own=1)] * 2, [1, 1]),
-        ([mask(range(64), shared=3)] * 2, [2, 1]),
-    ],
-)
-def test_cpus_are_shared_by_the_ranks_of_a_host(ranks, counts):
-    assert share(ranks) == counts
-
-
-@given(
-    st.lists(st.frozensets(st.integers(0, 12), min_size=1), min_size=1, max_size=6),
-    st.integers(1, 16),
-)
-def test_no_more_than_there_is_is_offered_beyond_the_one_of_each(masks, shared):
-    counts = share([mask(cpus, shared) for cpus in masks])
-    there = min(shared, len(frozenset().union(*masks)))
-    assert all(1 <= count <= len(cpus) for count, cpus in zip(counts, masks, strict=True))
-    assert sum(counts) < there + len(masks)
-
-
-@given(st.integers(1, 40), st.integers(1, 40))
-def test_equal_masks_differ_by_one_at_most_and_waste_nothing(cpus, ranks):
-    counts = share([mask(range(cpus))] * ranks)
-    assert max(counts) - min(counts) <= 1
-    assert sum(counts) == max(cpus, ranks)
-
-
-def test_gpus_are_dealt_once_each():
-    assert share_gpus([["a", "b", "c"], ["a", "b", "c"]]) == [["a", "c"], ["b"]]
-    assert share_gpus([["a"], ["a"], []]) == [["a"], [], []]
-    assert share_gpus([["a"], ["b"]]) == [["a"], ["b"]]
+def test_without_devices_the_first_maker_that_says_why_is_heard(root):
+    assert detect_devices({}, root, [Maker(), Maker(reason="hidden"), Maker(problem="broken")]).reason == "hidden"
+    assert detect_devices({}, root, [Maker(), Maker()]) == DeviceReport(reason="no GPU driver on this host")

@@ -163,6 +163,23 @@ def test_a_lane_to_a_worker_of_another_rank():
     assert bool(joined.keys) == on_same_host
 
 
+@pytest.mark.parametrize(
+    "elsewhere", [{"node": 1}, {"spread": True}, {"labels": (m.LabelRule("disk", "in", ("fast",)),)}], ids=str
+)
+def test_no_lane_where_its_class_does_not_want_to_run(elsewhere):
+    joined = Joined(1, 1, machines=["a", "a"])
+    joined.cluster.nodes[1].labels["disk"] = "fast"
+    template = joined.cluster.template(joined.driver, "f", **elsewhere)
+    joined.open(template)
+    assert joined.told == [m.LaneClosed(LANE, None)]
+    joined.driver.submit(template)
+    joined.cluster.run()
+    joined.cluster.running[0].finish()
+    joined.cluster.run()
+    joined.open(template)
+    assert [joined.worker().rank for _ in joined.keys] == ([] if "spread" in elsewhere else [1])
+
+
 def test_a_lane_to_an_actor():
     joined = Joined(1)
     template = joined.cluster.template(joined.driver, "A", actor=m.ActorOptions(), resources={})

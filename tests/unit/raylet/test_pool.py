@@ -349,3 +349,15 @@ def test_prestarted_workers_are_used(cpus):
     cluster.run()
     assert len(cluster.workers) == cpus
     assert finish_all(cluster) == cpus
+
+
+def test_gpus_are_given_to_new_workers_only_and_who_has_had_some_ends():
+    cluster, driver = alone(2, extra={"GPU": UNIT})
+    plain = cluster.template(driver, "f")
+    with_gpu = cluster.template(driver, "g", resources={"CPU": UNIT, "GPU": UNIT})
+    for template in (plain, with_gpu, plain, with_gpu):
+        driver.submit(template)
+        cluster.run()
+        assert finish_all(cluster) == 1
+    assert len(cluster.workers) == 1  # the one of `plain`, again
+    cluster.ranks[0].core.check()

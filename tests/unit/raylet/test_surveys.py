@@ -117,6 +117,23 @@ def test_memory_that_is_looked_at_after_its_object_was_freed_is_freed_memory(clu
     assert statistics(cluster, driver)[0].freed == Amount()
 
 
+def test_memory_of_an_object_that_is_freed_while_it_is_written_to_disk_is_freed_memory():
+    cluster = Cluster([1], arena_size=1 << 13)
+    driver = cluster.add_driver()
+    ref = driver.put(size=6000, large=True)
+    cluster.run(FIRST)
+    driver.put(size=5000, large=True)
+    cluster.deliver(("up", 0, driver.number))
+    node = cluster.ranks[0]
+    ((write, _),) = node.disk_jobs.items()
+    driver.release([ref])
+    cluster.deliver(("up", 0, driver.number))
+    found = node.core.surveys.statistics(0.0)
+    assert (found.writing, found.freed.objects, found.pinned.objects) == (0, 1, 1)
+    cluster.deliver(("disk", 0, write))
+    assert node.core.surveys.statistics(0.0).freed == Amount()
+
+
 def test_memory_that_is_reserved_and_not_sealed_is_being_written(cluster, driver):
     identifier = ids.object_id(driver.new_id(), 0)
     driver._writing[identifier] = lambda _: None

@@ -250,3 +250,70 @@ def test_resources_of_this_rank_are_asked_for_again_after_a_question_in_between(
     driver.create_actor(cluster.template(driver, "A", resources={}, actor=options))
     cluster.run()
     assert len([worker for worker in cluster.running if worker.actor]) == 1
+
+
+def test_room_that_comes_back_before_its_lack_was_reported_leaves_no_report_to_be_made():
+    # An actor on a rank that was granted no task starts one there itself.
+    cluster = Cluster([0, 1])
+    driver = cluster.add_driver()
+    actor = driver.create_actor(cluster.template(driver, "A", node=1, resources={}, actor=m.ActorOptions()))
+    cluster.run()
+    cluster.worker_on(1).finish()
+    driver.call(actor)
+    cluster.run()
+    caller = cluster.worker_on(1)
+    caller.submit(cluster.template(caller, "f"))
+    while not (others := [worker for worker in cluster.running if worker is not caller]):
+        cluster.deliver(cluster.choices()[0])
+    core = cluster.ranks[1].core
+    assert core.report_due is not None
+    others[0].finish()
+    while links := cluster.choices():
+        cluster.deliver(links[0])
+    assert core.report_due is None
+
+
+def test_a_task_runs_only_where_the_labels_are_that_it_asks_for():
+    cluster = Cluster([2, 2])
+    for rank, disk in enumerate(["slow", "fast"]):
+        cluster.nodes[rank].labels["disk"] = disk
+    driver = cluster.add_driver()
+    driver.submit(cluster.template(driver, "f", labels=(m.LabelRule("disk", "in", ("fast",)),)))
+    driver.submit(cluster.template(driver, "g", liked_labels=(m.LabelRule("disk", "in", ("fast",)),)))
+    driver.submit(cluster.template(driver, "h", liked_labels=(m.LabelRule("disk", "in", ("slow",)),)))
+    cluster.run()
+    assert sorted(worker.rank for worker in cluster.running) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_labels_that_no_node_has_are_told_to_the_user_and_waited_for(ranks):
+    cluster = Cluster([1] * ranks)
+    driver = cluster.add_driver()
+    driver.submit(cluster.template(driver, "f", labels=(m.LabelRule("disk", "in", ("fast",)),)))
+    cluster.run()
+    assert not cluster.running
+    assert "f asks for labels that no node of this job has" in cluster.shown[0]
+
+
+@pytest.mark.parametrize("node", [m.NO_NODE, 2])
+def test_a_task_bound_to_a_node_that_is_not_there_fails(node):
+    cluster = Cluster([1, 1])
+    driver = cluster.add_driver()
+    template = cluster.template(driver, "f", node=node)
+    refs = [driver.submit(template)[0] for _ in range(2)]
+    driver.get(refs)
+    cluster.run()
+    told = [payload.describe_system_error(driver.errors[ref]) for ref in refs]
+    assert {name for name, _ in told} == {"TaskUnschedulableError"}
+    assert "no such node" in told[0][1][0]
+
+
+def test_a_task_bound_to_a_node_that_is_too_small_fails():
+    cluster = Cluster([1, 2])
+    driver = cluster.add_driver()
+    (small,) = driver.submit(cluster.template(driver, "f", node=0, resources={"CPU": 2 * UNIT}))
+    (large,) = driver.submit(cluster.template(driver, "f", node=1, resources={"CPU": 2 * UNIT}))
+    driver.get([small, large])
+    cluster.run()
+    assert list(driver.errors) == [small]
+    assert len(cluster.running) == 1

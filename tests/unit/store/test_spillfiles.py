@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hpcray.store import spillfiles
 from hpcray.store.entry import Extent
 from hpcray.store.memory import Block
-from hpcray.store.spillfiles import PAGE, SpillFiles, spill_directory
+from hpcray.store.spillfiles import PAGE, THREADS, SpillFiles, spill_directory
 
 SIZES = [300_000, 5, 4096, 120_001]
 
@@ -22,16 +25,16 @@ class Disk:
 
     def __init__(self, directory: Path) -> None:
         self.memory = bytearray(os.urandom(1 << 20))
-        self._soon: deque[Callable[[], None]] = deque()
-        self.files = SpillFiles(str(directory), self._view, self._soon.append)
+        self.soon: deque[Callable[[], None]] = deque()
+        self.files = SpillFiles(str(directory), self._view, self.soon.append)
 
     def _view(self, block: Block) -> memoryview:
         return memoryview(self.memory)[block.offset : block.offset + block.size]
 
     def answer(self) -> None:
-        while not self._soon:
+        while not self.soon:
             pass
-        self._soon.popleft()()
+        self.soon.popleft()()
 
     def spill(self, sizes: list[int]) -> tuple[list[Block], list[Extent], str | None]:
         offsets = [sum(sizes[:index]) for index in range(len(sizes))]
@@ -97,6 +100,49 @@ def test_a_file_that_is_being_read_stays_until_it_is_read(disk, tmp_path):
     assert told == [None]
     with pytest.raises(ValueError, match="not enough values"):
         descriptor(tmp_path)
+
+
+def test_what_goes_while_its_neighbour_is_read_leaves_a_hole_at_once_and_what_is_read_afterwards(disk, tmp_path):
+    blocks, (first, second, last), _ = disk.spill([300_000, 300_000, 4096])
+    fd = descriptor(tmp_path)
+    full = os.fstat(fd).st_blocks
+    told: list[str | None] = []
+    disk.files.restore(first, blocks[0], told.append)
+    disk.files.forget(second)
+    one_less = os.fstat(fd).st_blocks
+    assert one_less <= full - (300_000 - PAGE) // 512
+    disk.files.forget(first)
+    assert os.fstat(fd).st_blocks == one_less, "it is still being read"
+    disk.answer()
+    assert told == [None]
+    assert os.fstat(fd).st_blocks <= one_less - (300_000 - PAGE) // 512
+    assert disk.restore(last, blocks[2]) is None
+
+
+def test_a_write_of_which_nobody_was_told_leaves_no_descriptor(disk):
+    disk.files.spill([Block(b"0", 0, 0, 5000)], lambda *_: None)
+    while not disk.soon:
+        pass
+    disk.files.close()  # the fixture counts them
+
+
+def test_writes_that_the_end_cuts_short_leave_no_descriptor(disk, monkeypatch):
+    monkeypatch.setattr(spillfiles, "STEP", PAGE)
+    write = os.pwrite
+    has_begun = threading.Event()
+
+    def wait_for_the_end(*arguments: Any) -> int:
+        has_begun.set()
+        while not disk.files._is_ended:
+            pass
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", wait_for_the_end)
+    for number in range(2 * THREADS):
+        disk.files.spill([Block(b"%d" % number, 0, number * 50_000, 50_000)], lambda *_: None)
+    has_begun.wait()
+    disk.files.close()
+    assert not disk.soon, "none was finished"
 
 
 def test_a_changed_byte_and_a_file_cut_short_are_noticed(disk, tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from hpcray import payload
@@ -16,29 +14,27 @@ from hpcray.store.spilling import LEAST_BATCH, RETRY_PAUSE
 from hpcray.store.table import ObjectTable
 from hpcray.testing.cluster import Cluster
 from hpcray.testing.process import Process
-from tests.unit.store.test_table import FAR, FARTHER, ME, NEIGHBOUR, PATIENCE, SIZE, Out, name
-from tests.unit.store.test_table import ask as ask_for
-from tests.unit.store.test_table import need as learn_of
-from tests.unit.store.test_table import write as write_block
+from tests.unit.store.lone_table import (
+    FAR,
+    FARTHER,
+    ME,
+    NEIGHBOUR,
+    PATIENCE,
+    SIZE,
+    Out,
+    ask,
+    fetch,
+    name,
+    need,
+    write,
+)
 
 MEGABYTE = 1 << 20
 
 
-@pytest.fixture
-def out() -> Out:
-    return Out()
-
-
-@pytest.fixture
-def table(out: Out) -> Iterator[ObjectTable]:
-    table = ObjectTable(ME, Allocator(0, SIZE), out, patience=PATIENCE)
-    yield table
-    table.check()
-
-
 def put(table: ObjectTable, number: int, size: int = 1024) -> bytes:
     identifier = name(ME, number)
-    block = write_block(table, identifier, size)
+    block = write(table, identifier, size)
     table.references.create(identifier)
     table.set_here(identifier, block, [])
     return identifier
@@ -72,7 +68,7 @@ def test_the_least_recently_looked_at_goes_first_and_who_is_looked_at_stays(tabl
     table.memory.pin(first)
     table.memory.pin(second)
     table.memory.unpin(second)  # the most recent now
-    told = ask_for(table, 1024)
+    told = ask(table, 1024)
     table.end_turn(0.0)
     ((blocks, _),) = out.writing
     assert [block.id for block in blocks] == [ids[2], ids[3], ids[1]]
@@ -81,14 +77,14 @@ def test_the_least_recently_looked_at_goes_first_and_who_is_looked_at_stays(tabl
     assert len(told) == 1
     assert state(table, ids[2]) == SPILLED, "it made room"
     assert [state(table, i) for i in (ids[0], ids[1], ids[3])] == [HERE] * 3
-    told = ask_for(table, 1024)
+    told = ask(table, 1024)
     assert len(told) == 1, "what is on disk too goes without another write"
     assert not out.writing
 
 
 def test_what_is_looked_at_while_it_is_written_stays_and_keeps_its_copy_on_disk(table, out):
     ids = fill(table)
-    told = ask_for(table, SIZE)
+    told = ask(table, SIZE)
     table.end_turn(0.0)
     block = table.entries[ids[0]].block
     table.memory.pin(block)
@@ -103,7 +99,7 @@ def test_what_is_looked_at_while_it_is_written_stays_and_keeps_its_copy_on_disk(
 
 def test_what_is_freed_while_it_is_written_leaves_nothing_on_disk(table, out):
     ids = fill(table)
-    told = ask_for(table, 1024)
+    told = ask(table, 1024)
     table.end_turn(0.0)
     table.references.drop(ids[0])
     assert not told, "it is still being read by the writer"
@@ -132,7 +128,7 @@ def test_a_spilled_object_is_read_back_when_it_is_wanted_and_forgotten_when_it_i
 
 def spill_all(table: ObjectTable, out: Out) -> list[Block]:
     """Have everything go to disk, and the arena empty."""
-    told = ask_for(table, SIZE)
+    told = ask(table, SIZE)
     table.end_turn(0.0)
     while out.writing:
         finish_write(out)
@@ -162,10 +158,10 @@ def test_nobody_waits_behind_an_object_that_was_freed_before_there_was_room_to_r
     spill_all(table, out)
     for number in range(10, 13):
         table.memory.pin(table.entries[put(table, number)].block)
-    told = ask_for(table, 512)
+    told = ask(table, 512)
     assert len(told) == 1
     table.when_local(spilled, lambda _: None)
-    told = ask_for(table, 512)
+    told = ask(table, 512)
     table.end_turn(0.0)
     assert told == []
     table.references.drop(spilled)
@@ -238,7 +234,7 @@ def test_another_ranks_copy_takes_the_place_of_one_that_cannot_be_read(table, ou
 
 def test_a_primary_copy_of_an_object_homed_elsewhere_that_is_lost_is_reported_to_its_home(table, out):
     x = name(FAR, 1)
-    table.keep_primary(x, write_block(table, x))
+    table.keep_primary(x, write(table, x))
     spill_all(table, out)
     table.transfers.on_map(x, NEIGHBOUR, GET)
     assert not out.take()
@@ -258,7 +254,7 @@ def test_the_home_keeps_the_last_copy_if_the_primary_one_is_lost(table, out):
     table.set_away(x, FAR, 1024, [])
     table.when_local(x, lambda _: None)
     out.arrive()
-    table.on_copy_lost(m.CopyLost(x, b"an error"), FAR)
+    table.pressure.on_copy_lost(m.CopyLost(x, b"an error"), FAR)
     assert table.entries[x].is_primary
     assert table.memory.primaries
 
@@ -268,43 +264,65 @@ def test_the_home_gives_the_error_of_the_disk_to_all_who_ask(table, out):
     table.references.create(x)
     table.set_away(x, FAR, 1024, [])
     error = payload.system_error("ObjectLostError", "the disk", x.hex())
-    table.on_copy_lost(m.CopyLost(x, error), FAR)
+    table.pressure.on_copy_lost(m.CopyLost(x, error), FAR)
     table.on_locate(x, NEIGHBOUR)
     assert out.take() == [(NEIGHBOUR, m.Located(x, error, len(error), []))]
 
 
 def test_what_could_not_be_written_stays_and_is_tried_again_after_a_pause(table, out):
     ids = fill(table)
-    told = ask_for(table, SIZE)
+    told = ask(table, SIZE)
     table.end_turn(0.0)
-    finish_write(out, "No space left on device", count=1)
+    finish_write(out, "No space left on device", count=1)  # it took a second and a half, in which nothing else happened
+    table.end_turn(1.5)
     assert [table.entries[i].spilled is not None for i in ids] == [True, False, False, False]
-    table.end_turn(RETRY_PAUSE / 2)
+    table.end_turn(1.5 + RETRY_PAUSE / 2)
     assert not out.writing
-    assert table.next_expiry == RETRY_PAUSE
-    table.end_turn(RETRY_PAUSE)
+    assert table.pressure.next_expiry == 1.5 + RETRY_PAUSE
+    table.end_turn(1.5 + RETRY_PAUSE)
     assert len(out.writing[0][0]) == 3
     finish_write(out)
     assert len(told) == 1
-    assert not table.spiller.error
+    assert not table.pressure.spiller.error
+
+
+def test_of_two_writes_the_one_that_succeeds_does_not_make_up_for_the_one_that_failed():
+    out = Out()
+    table = ObjectTable(ME, Allocator(0, 64 * MEGABYTE), out, patience=PATIENCE)
+    for number in range(64):
+        put(table, number, MEGABYTE)
+    ask(table, 8 * MEGABYTE)
+    table.end_turn(0.0)
+    assert len(out.writing) > 1
+    finish_write(out, "No space left on device", count=0)
+    while out.writing:
+        finish_write(out)
+    ask(table, 32 * MEGABYTE)
+    table.end_turn(0.5)
+    assert not out.writing
+    assert table.pressure.spiller.error == "No space left on device"
+    table.end_turn(0.5 + RETRY_PAUSE)
+    finish_write(out)
+    assert not table.pressure.spiller.error
 
 
 def test_where_nothing_is_left_to_write_no_retry_is_waited_for(table, out):
     ids = fill(table)
-    told = ask_for(table, SIZE)
+    told = ask(table, SIZE)
     table.end_turn(0.0)
     finish_write(out, "No space left on device", count=0)
+    table.end_turn(0.0)
     for i in ids:
         table.memory.pin(table.entries[i].block)
     table.end_turn(RETRY_PAUSE)
     assert not out.writing
     assert not told
-    assert table.next_expiry == PATIENCE, "a time that has passed would keep the event loop turning"
+    assert table.pressure.next_expiry == PATIENCE, "a time that has passed would keep the event loop turning"
 
 
 def test_who_waits_in_vain_is_told_what_the_disk_said_and_the_objects_are_there(table, out):
     ids = fill(table)
-    told = ask_for(table, 1024)
+    told = ask(table, 1024)
     now = 0.0
     table.end_turn(now)
     while not told:
@@ -312,19 +330,19 @@ def test_who_waits_in_vain_is_told_what_the_disk_said_and_the_objects_are_there(
             finish_write(out, "No space left on device, in /scratch", count=0)
             table.end_turn(now)
             continue
-        due = table.next_expiry
+        due = table.pressure.next_expiry
         assert due is not None
         now = max(now, due)
         table.end_turn(now)
     assert told == [None]
     assert now == PATIENCE
-    assert "4,096 bytes could not be spilled (No space left on device, in /scratch)" in table.why_full(1024)
+    assert "4,096 bytes could not be spilled (No space left on device, in /scratch)" in table.pressure.why_full(1024)
     assert [state(table, i) for i in ids] == [HERE] * 4
 
 
 def test_a_write_under_way_is_waited_for_and_a_disk_that_hangs_is_not(table, out):
     fill(table)
-    told = ask_for(table, 1024)
+    told = ask(table, 1024)
     table.end_turn(0.0)
     table.end_turn(PATIENCE - 0.1)
     assert not told
@@ -358,7 +376,7 @@ def test_what_comes_free_restarts_the_time_of_those_who_wait(table):
     ids = fill(table)
     for i in ids:
         table.memory.pin(table.entries[i].block)
-    told = ask_for(table, 2048)
+    told = ask(table, 2048)
     table.end_turn(0.0)
     table.memory.unpin(table.entries[ids[0]].block)
     table.references.drop(ids[0])
@@ -380,6 +398,30 @@ def test_a_prefetch_takes_free_memory_only(table, out):
     assert len(told) == 1
     assert told[0] is not None
     assert not out.writing
+
+
+@pytest.mark.parametrize("kind", ["restore", "fetch"])
+def test_a_prefetch_that_only_page_alignment_keeps_out_evicts_nothing(kind):
+    out = Out()
+    table = ObjectTable(ME, Allocator(0, 2 * MEGABYTE), out, patience=PATIENCE)
+    x, size = name(FAR, 1), MEGABYTE + 4096 - 64
+    if kind == "restore":
+        x = put(table, 1, size)
+        told = ask(table, 2 * MEGABYTE)
+        table.end_turn(0.0)
+        finish_write(out)
+        table.memory.abandon(told[0])
+    put(table, 2, 64)
+    fetch(table, out, name(FAR, 3), MEGABYTE - 4096)
+    assert size == table.memory.largest_free
+    if kind == "fetch":
+        need(table, x, [FAR], size)
+    assert not table.when_local(x, lambda _: None, PREFETCH)
+    table.end_turn(0.1)
+    assert name(FAR, 3) in table.entries
+    assert not table.memory.is_waited_for
+    assert not out.receiving
+    table.check()
 
 
 def test_however_many_are_told_that_there_is_no_room_the_store_is_described_once(table, out, monkeypatch):
@@ -405,7 +447,7 @@ def test_what_neighbours_only_map_is_called_back_when_there_is_nothing_to_spill(
     for i in ids:
         table.transfers.on_map(i, NEIGHBOUR, GET)
     out.take()
-    told = ask_for(table, 1024)
+    told = ask(table, 1024)
     table.end_turn(0.0)
     assert out.take() == [(NEIGHBOUR, m.RecallMapping(i)) for i in ids]
     table.end_turn(0.1)
@@ -418,14 +460,14 @@ def test_what_neighbours_only_map_is_called_back_when_there_is_nothing_to_spill(
 
 def test_a_mapping_that_is_called_back_ends_with_the_last_look(table, out):
     x = name(NEIGHBOUR, 1)
-    learn_of(table, x, [NEIGHBOUR])
+    need(table, x, [NEIGHBOUR])
     table.when_local(x, lambda _: None)
     table.transfers.pulls.on_mapped(m.ObjectMapped(x, 512, 1024), NEIGHBOUR)
     block = table.entries[x].block
     assert block is not None
     table.memory.pin(block)
     out.take()
-    table.on_recall(x, NEIGHBOUR)
+    table.pressure.on_recall(x, NEIGHBOUR)
     assert not out.take()
     table.memory.unpin(block)
     assert out.take() == [(NEIGHBOUR, m.UnmapObject(x))]
@@ -440,13 +482,13 @@ def test_small_objects_share_a_file_and_large_demands_several_writers():
     table = ObjectTable(ME, Allocator(0, size), out, patience=PATIENCE)
     for number in range(64):
         put(table, number, MEGABYTE)
-    ask_for(table, MEGABYTE)
+    ask(table, MEGABYTE)
     table.end_turn(0.0)
     assert [len(blocks) for blocks, _ in out.writing] == [LEAST_BATCH // MEGABYTE] * 2, "a tenth of the store"
-    ask_for(table, 40 * MEGABYTE)
+    ask(table, 40 * MEGABYTE)
     table.end_turn(0.0)
     assert len(out.writing) == 4
-    assert table.spiller.under_way >= size // 4
+    assert table.pressure.spiller.under_way >= size // 4
     table.check()
 
 
@@ -510,7 +552,7 @@ def test_who_is_neither_home_nor_holder_hears_of_no_room_too_and_does_not_ask_fo
 
 def test_another_copy_is_tried_before_the_lack_of_room_at_one_is_told(table, out):
     x = name(FARTHER, 1)
-    learn_of(table, x, [FAR, FARTHER])
+    need(table, x, [FAR, FARTHER])
     told: list[bytes | None] = []
     table.when_local(x, told.append)
     ((first, pull),) = out.take()

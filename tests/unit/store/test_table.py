@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -12,12 +12,25 @@ from hpcray import ids, payload
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import ARGUMENT, AWAY, GET, HERE, INLINE, MAPPED, SPILLED, Extent
+from hpcray.store.entry import ARGUMENT, AWAY, GET, HERE, INLINE, MAPPED, SPILLED
 from hpcray.store.memory import STANDSTILL, Block
-from hpcray.store.pulls import Done, Transfer
 from hpcray.store.table import ObjectTable
 from hpcray.testing.cluster import Cluster
 from hpcray.testing.process import Process
+from tests.unit.store.lone_table import (
+    FAR,
+    FARTHER,
+    ME,
+    NEIGHBOUR,
+    PATIENCE,
+    SIZE,
+    ask,
+    borrowed,
+    fetch,
+    name,
+    need,
+    write,
+)
 
 ORDERS = 15
 
@@ -337,123 +350,6 @@ def test_a_long_chain_of_tasks_fails_with_its_first():
 
 
 # -------------------------------------------------------------------------------------------------- the table by itself
-ME, NEIGHBOUR, FAR, FARTHER = 0, 1, 2, 3
-SIZE = 4096
-PATIENCE = 5.0
-
-
-def name(home: int, number: int) -> bytes:
-    return ids.object_id(ids.task_id(ids.client_prefix(home, b"12345678", 1), number), 0)
-
-
-class Out:
-    """Keeps what the table says."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[int, Any]] = []
-        self.receiving: dict[int, tuple[int, Block, Callable[[str | None], None]]] = {}
-        self.serving: list[tuple[int, int, Block, Callable[[str | None], None]]] = []
-        self.writing: list[tuple[list[Block], Callable[[list[Extent], str | None], None]]] = []
-        self.reading: list[tuple[Extent, Block, Callable[[str | None], None]]] = []
-        self.forgotten: list[Extent] = []
-
-    def send(self, rank: int, message: Any) -> None:
-        self.sent.append((rank, message))
-
-    def share_host(self, rank: int, other: int) -> bool:
-        return rank == other or {rank, other} == {ME, NEIGHBOUR}
-
-    def new_tag(self, rank: int) -> int:
-        return len(self.sent) + 1
-
-    def receive(self, transfer: Transfer, done: Done) -> None:
-        self.receiving[transfer.tag] = (transfer.rank, transfer.block, done)
-
-    def end_receive(self, rank: int, tag: int, size: int, why: str) -> None:
-        if tag in self.receiving:
-            self.receiving.pop(tag)[2](why)
-
-    def serve(self, transfer: Transfer, done: Done) -> None:
-        self.serving.append((transfer.rank, transfer.tag, transfer.block, done))
-
-    def hasten(self, rank: int, tag: int, urgency: int) -> None:
-        raise AssertionError("nothing here is served while it becomes more urgent")
-
-    def end_serve(self, rank: int, tag: int, why: str) -> int:
-        raise AssertionError("nothing here is served and cut short")
-
-    def spill(self, blocks: list[Block], done: Callable[[list[Extent], str | None], None]) -> None:
-        self.writing.append((blocks, done))
-
-    def restore(self, extent: Extent, block: Block, done: Callable[[str | None], None]) -> None:
-        self.reading.append((extent, block, done))
-
-    def forget(self, extent: Extent) -> None:
-        self.forgotten.append(extent)
-
-    def holders(self) -> list[str]:
-        return ["somebody looks at some bytes"]
-
-    def take(self) -> list[tuple[int, Any]]:
-        sent, self.sent = self.sent, []
-        return sent
-
-    def arrive(self, error: str | None = None) -> None:
-        """The one transfer that is under way ends."""
-        ((tag, (_, _, done)),) = self.receiving.items()
-        del self.receiving[tag]
-        done(error)
-
-
-@pytest.fixture
-def out() -> Out:
-    return Out()
-
-
-@pytest.fixture
-def table(out: Out) -> Iterator[ObjectTable]:
-    table = ObjectTable(ME, Allocator(0, SIZE), out, patience=PATIENCE)
-    yield table
-    table.check()
-
-
-def write(table: ObjectTable, identifier: bytes, size: int = 1024) -> Block:
-    blocks: list[Block | None] = []
-    table.memory.reserve(identifier, size, blocks.append)
-    (block,) = blocks
-    assert block is not None
-    return block
-
-
-def need(table: ObjectTable, identifier: bytes, ranks: list[int], size: int = 1024) -> None:
-    """A task that came here needs the object; who sent it says where the object is."""
-    table.references.add_guest(identifier)
-    table.learn_copies(identifier, size, ranks)
-
-
-def fetch(table: ObjectTable, out: Out, identifier: bytes, size: int = 1024) -> None:
-    """A task's argument comes here from afar; when the task is done it stays as a copy that may be evicted."""
-    need(table, identifier, [FAR], size)
-    assert not table.when_local(identifier, lambda _: None)
-    out.arrive()
-    table.references.drop_guest(identifier)
-    out.take()
-
-
-def ask(table: ObjectTable, size: int, urgency: int = GET) -> list[Block | None]:
-    """What a creator is told, once it is told."""
-    told: list[Block | None] = []
-    table.memory.reserve(name(ME, 99), size, told.append, urgency=urgency)
-    return told
-
-
-def borrowed(table: ObjectTable, out: Out, identifier: bytes) -> None:
-    """Hold a reference that is homed elsewhere, and have the home count it."""
-    table.references.hold(identifier)
-    table.references.on_borrowed(ids.home_of(identifier))
-    out.take()
-
-
 def test_to_drop_what_nobody_holds_is_a_bug(table):
     with pytest.raises(InternalError, match="nothing here holds"):
         table.references.drop(name(ME, 1))
@@ -632,14 +528,13 @@ def test_the_home_answers_where_an_object_is_once_it_exists(table, out):
     assert out.take() == [(7, m.Located(x, None, 1024, [FARTHER]))]
 
 
-def test_who_has_asked_for_what_is_freed_before_it_exists_is_told_so(table, out):
-    table.references.create(name(ME, 1))
-    table.references.on_borrow(name(ME, 1), FAR)
-    table.on_locate(name(ME, 1), FAR)
-    table.references.on_unborrow(name(ME, 1), FAR, 1)
-    table.references.drop(name(ME, 1))
-    ((rank, message),) = out.take()
-    assert (rank, payload.describe_system_error(message.data)[0]) == (FAR, "ObjectLostError")
+def test_who_asks_for_an_object_that_is_freed_before_it_exists_is_told_so(table, out):
+    x = name(ME, 1)
+    table.references.create(x)
+    table.on_locate(x, FAR)
+    table.references.drop(x)
+    ((_, message),) = out.take()
+    assert payload.describe_system_error(message.data)[0] == "ObjectLostError"
 
 
 def test_a_get_that_is_given_up_before_its_object_exists_leaves_nothing():
@@ -949,10 +844,10 @@ def test_when_nothing_comes_free_for_a_large_request_those_that_fit_are_served(t
     others = [ask(table, size) for size in (64, SIZE - 64, 128)]
     table.end_turn(STANDSTILL / 2)
     assert others == [[], [], []]
-    assert table.next_expiry == STANDSTILL
+    assert table.pressure.next_expiry == STANDSTILL
     table.end_turn(STANDSTILL)
     assert [len(told) for told in others] == [1, 0, 1]
-    assert table.next_expiry == PATIENCE
+    assert table.pressure.next_expiry == PATIENCE
     table.end_turn(PATIENCE)
     assert large == [None]
 
@@ -1002,6 +897,24 @@ def test_nobody_waits_behind_a_request_of_a_client_that_has_died():
     cluster.kill(other)
     cluster.run()
     assert y in entries
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+def test_memory_that_will_not_be_written_is_free_again(has_it):
+    cluster = Cluster([1], arena_size=1 << 13, store_timeout=50.0)
+    driver, other = cluster.add_driver(), cluster.add_driver()
+    if not has_it:
+        x = other.put(size=5000, large=True)
+        other.get([x])
+        cluster.run()
+    driver.put(size=6000, large=True)
+    cluster.deliver(("up", 0, driver.number))
+    driver.stop_writing()
+    cluster.run()
+    assert cluster.ranks[0].core.memory.in_use < 6000
+    y = driver.put(size=1000, large=True)
+    cluster.run()
+    assert y in cluster.ranks[0].core.table.entries
 
 
 def test_nobody_waits_behind_a_fetch_whose_object_was_freed(table, out):
