@@ -659,8 +659,9 @@ class PullFrom(Message, tag=97):
 
 
 class HastenPull(Message, tag=98):
-    """Receiver → holder: the transfer under this tag is more urgent now. Ignored if it is over."""
+    """Receiver → holder: what was asked for by `Pull`, or by `MapObject` (tag 0), is more urgent now. Ignored if it is over."""
 
+    id: bytes
     tag: int
     urgency: int
 
@@ -669,6 +670,7 @@ class MapObject(Message, tag=84):
     """Same host: pin the object for the sender. Answered by `ObjectMapped`, or `PullFailed` with tag 0."""
 
     id: bytes
+    urgency: int
 
 
 class ObjectMapped(Message, tag=85):

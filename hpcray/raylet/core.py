@@ -208,7 +208,7 @@ class RayletCore:
             m.CopyAdded: lambda rank, x: self.transfers.on_copy_added(x, rank),
             m.CopyDropped: lambda rank, x: self.transfers.on_copy_dropped(x.id, rank), m.Free: self._on_free,
             m.Pull: lambda rank, x: self.transfers.on_pull(x, rank),
-            m.MapObject: lambda rank, x: self.transfers.on_map(x.id, rank),
+            m.MapObject: lambda rank, x: self.transfers.on_map(x.id, rank, x.urgency),
             m.ObjectMapped: lambda rank, x: self.transfers.pulls.on_mapped(x, rank),
             m.UnmapObject: lambda rank, x: self.transfers.on_unmap(x.id, rank),
             m.RecallMapping: lambda rank, x: self.table.pressure.on_recall(x.id, rank),
@@ -949,6 +949,8 @@ class RayletCore:
                 tasks.place()
             if pool.has_work:
                 pool.dispatch(now)
+            if self.memory.stands_still:
+                pool.arguments.make_way()
             if pool.end_idle_leases() and (pool.has_work or tasks.queues):
                 continue  # what they held may be just what others wait for
             if not self.is_alone and pool.is_short and self._return_overdue(now):
