@@ -348,9 +348,9 @@ class Client:
             counts = self._counts
             for identifier in returns:
                 counts[identifier] = 1
-            if self.is_driver and isinstance(message, m.Submit | m.Call):
+            if self.is_driver and not isinstance(message, m.CreateActor):
                 self._coming.update(returns)
-                if not self._lanes.take(message, returns):
+                if isinstance(message, m.AwaitPlacementGroup) or not self._lanes.take(message, returns):
                     self._send_locked(message)
             else:
                 self._send_locked(message)

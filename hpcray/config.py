@@ -32,6 +32,10 @@ class Config:
     dedup_logs: bool = True
     """Whether repeated lines of workers are folded at the driver."""
 
+    fail_infeasible: bool = False
+    """Whether tasks and actors that no node could ever run fail (`--fail-infeasible`), rather than wait for ever as Ray's do
+    for its autoscaler."""
+
     bind_workers: bool = False
     """Whether each worker is bound to as many of its rank's CPUs as its task asks for (`--bind-workers`), of one memory node
     where that goes. (Bound: no migrations, memory stays near; not bound: a task may use what others leave idle.)"""

@@ -67,7 +67,8 @@ def actor_died(actor: bytes, cls: str, why: str) -> bytes:
 
 def group_removed(group: bytes, name: str, *, is_actor: bool = False) -> bytes:
     """The payload of the failure of what was to run in a placement group that is gone."""
-    cls = "ActorPlacementGroupRemoved" if is_actor else "TaskPlacementGroupRemoved"
+    # Ray's choice of classes.
+    cls = "ActorUnschedulableError" if is_actor else "TaskPlacementGroupRemoved"
     return system_error(cls, f"{name} cannot run: its placement group {group.hex()} was removed")
 
 

@@ -63,7 +63,7 @@ def whole_units(total: Mapping[str, int]) -> Units:
 def slots(available: Mapping[str, int], shape: Shape, units: Mapping[str, Mapping[int, int]] = {}) -> int:
     """How many demands of this shape fit into what is available; a shape without demands fits without limit.
 
-    Of a resource in units, a demand below one is met by one unit, a demand of several by as many whole ones.
+    Of a resource in units, a demand below one is met by one unit, a demand of more by as many whole ones.
     """
     room = 1 << 30
     for name, amount in shape.items():
@@ -72,7 +72,7 @@ def slots(available: Mapping[str, int], shape: Shape, units: Mapping[str, Mappin
         elif amount < UNIT:
             room = min(room, sum(free // amount for free in of_units.values()))
         else:
-            room = min(room, sum(free == UNIT for free in of_units.values()) * UNIT // amount)
+            room = min(room, sum(free == UNIT for free in of_units.values()) // -(-amount // UNIT))
     return max(room, 0)
 
 
@@ -82,4 +82,4 @@ def choose_units(free: Mapping[int, int], amount: int) -> dict[int, int]:
         fitting = [number for number, left in free.items() if left >= amount]
         return {min(fitting, key=lambda number: (free[number], number)): amount}
     whole = sorted(number for number, left in free.items() if left == UNIT)
-    return dict.fromkeys(whole[: amount // UNIT], UNIT)
+    return dict.fromkeys(whole[: -(-amount // UNIT)], UNIT)

@@ -23,10 +23,11 @@ from hpcray.gcs.views import NodeView
 from hpcray.ids import home_of, shown_actor
 from hpcray.observe.findings import Finding
 from hpcray.protocol import messages as m
-from hpcray.resources import slots
+from hpcray.resources import Shape, slots
 
 PENDING, STARTING, ALIVE, DEAD = "pending", "starting", "alive", "dead"
 KILLED = "it was ended by hpcray.kill()"
+GROUP_REMOVED = "its placement group was removed"
 
 
 class ActorsOut(Protocol):
@@ -39,6 +40,7 @@ class ActorRecord:
     """One actor, from its registration to the end of the job."""
 
     __slots__ = (
+        "bundle",
         "error",
         "id",
         "incarnation",
@@ -64,6 +66,8 @@ class ActorRecord:
         self.restarts = restarts
         self.state = PENDING
         self.rank = -1
+        self.bundle = -1
+        """The bundle of its placement group that counts as its own."""
         self.incarnation = 0
         self.error = b""
         self.watchers: set[int] = {home_of(message.actor)}
@@ -90,6 +94,8 @@ class Actors:
         self._early_watchers: dict[bytes, set[int]] = {}
         self._early_kills: set[bytes] = set()
         """Actors that were killed before the arguments of their creation existed."""
+        self._in_groups: dict[bytes, dict[bytes, ActorRecord]] = {}
+        """Placement group → actors in it that are not dead."""
         self._living: dict[int, int] = {}
         """Rank → actors that are starting or alive there."""
 
@@ -120,6 +126,8 @@ class Actors:
         if spec.group and self._groups.is_removed(spec.group):
             self._die(record, payload.group_removed(spec.group, spec.name, is_actor=True))
             return
+        if spec.group:
+            self._in_groups.setdefault(spec.group, {})[record.id] = record
         self._pending[record.id] = None
         if record.id in self._early_kills:
             self._early_kills.discard(record.id)
@@ -130,7 +138,7 @@ class Actors:
         for identifier in list(self._pending):
             record = self.records[identifier]
             spec = self._template(record.template)
-            rank = self._choose(spec)
+            rank, record.bundle = self._choose_bundle(spec) if spec.group else (self._choose(spec), -1)
             if rank is None:
                 continue
             del self._pending[identifier]
@@ -138,20 +146,40 @@ class Actors:
             record.rank = rank
             record.incarnation += 1
             self._living[rank] = self._living.get(rank, 0) + 1
-            self._nodes[rank].placing[identifier] = [spec.resources]
+            if not spec.group:
+                self._nodes[rank].placing[identifier] = [spec.resources]
             self._out.send(home_of(identifier), m.PlaceActor(identifier, record.incarnation, rank))
 
     def _choose(self, spec: m.Template) -> int | None:
-        if spec.group:
-            # Its raylet has it wait for room in the bundle, which tasks may use without the GCS's knowledge.
-            homes = self._groups.bundles_on(spec).items()
-            ranks = [rank for rank, bundles in homes if any(slots(bundle, spec.resources) for bundle in bundles)]
-            return min(ranks, key=lambda rank: (self._living.get(rank, 0), rank), default=None)
         needed = policies.demand_of(spec)
         nodes = policies.feasible(spec, self._nodes.values())
         fitting = policies.favourites(spec, [node for node in nodes if node.has_room_for(needed)])
         # Actors that hold nothing while they run would all be packed on one node by what it has free.
         return min((node.rank for node in fitting), key=lambda rank: (self._living.get(rank, 0), rank), default=None)
+
+    def _choose_bundle(self, spec: m.Template) -> tuple[int | None, int]:
+        """A rank with a bundle that other actors leave room in, and the bundle.
+
+        Its raylet has the actor wait for tasks in the bundle, of which the GCS does not know, and may take another one.
+        """
+        needed = spec.resources
+        taken: dict[int, Shape] = {}
+        for record in self._in_groups[spec.group].values():
+            if record.bundle >= 0:
+                of_bundle = taken.setdefault(record.bundle, {})
+                for name, amount in self._template(record.template).resources.items():
+                    of_bundle[name] = of_bundle.get(name, 0) + amount
+        fitting = []
+        for rank, bundles in self._groups.bundles_on(spec).items():
+            for index, bundle in bundles.items():
+                by_others = taken.get(index, {})
+                room = slots({name: amount - by_others.get(name, 0) for name, amount in bundle.items()}, needed)
+                if room:
+                    fitting.append((self._living.get(rank, 0), rank, room, index))
+        if not fitting:
+            return None, -1
+        _, rank, _, index = min(fitting)
+        return rank, index
 
     def on_started(self, message: m.ActorStarted) -> None:
         record = self._current(message.actor, message.incarnation)
@@ -160,7 +188,7 @@ class Actors:
         self._nodes[record.rank].placing.pop(record.id, None)
         if message.error is not None:
             self._leave(record)
-            self._die(record, message.error)
+            self._die(record, self._unborn(record) or message.error)
             return
         record.state = ALIVE
         self._announce(record)
@@ -171,7 +199,7 @@ class Actors:
             return
         self._leave(record)
         if record.is_wanted_dead or record.restarts == 0:
-            self._die(record, message.error)
+            self._die(record, self._unborn(record) or message.error)
             return
         if record.restarts > 0:
             record.restarts -= 1
@@ -198,10 +226,18 @@ class Actors:
         record.why = why
         if record.state == PENDING:
             self._pending.pop(identifier, None)
-            self._die(record, payload.actor_died(identifier, self._template(record.template).name, f"{why}."))
+            error = payload.actor_died(identifier, self._template(record.template).name, f"{why}.")
+            self._die(record, self._unborn(record) or error)
         elif record.state == ALIVE or not drain:
             # Sent while it is starting, this may arrive before the actor does: `_announce` repeats it.
             self._out.send(record.rank, m.StopActor(identifier, drain, why))
+
+    def _unborn(self, record: ActorRecord) -> bytes | None:
+        """Why an actor cannot come to live any more whose placement group was removed before it did."""
+        if record.why != GROUP_REMOVED or record.state not in (PENDING, STARTING):
+            return None
+        template = self._template(record.template)
+        return payload.group_removed(template.group, template.name, is_actor=True)
 
     @property
     def is_waiting_for_room(self) -> bool:
@@ -209,6 +245,7 @@ class Actors:
         return bool(self._pending)
 
     def _leave(self, record: ActorRecord) -> None:
+        record.bundle = -1
         self._nodes[record.rank].placing.pop(record.id, None)
         self._living[record.rank] -= 1
 
@@ -216,6 +253,11 @@ class Actors:
         record.state = DEAD
         record.error = error
         record.rank = -1
+        if (group := self._template(record.template).group) in self._in_groups:
+            in_group = self._in_groups[group]
+            in_group.pop(record.id, None)
+            if not in_group:
+                del self._in_groups[group]
         if record.key is not None and self.names.get(record.key, (b"",))[0] == record.id:
             del self.names[record.key]
         self._announce(record)
@@ -238,6 +280,12 @@ class Actors:
                 title = f"actor {name}" + (f" {record.key[1]!r}" if record.key is not None else "")
                 findings.append(Finding("actor", shown, title, 0, self._story(record), waiting))
         return findings
+
+    @property
+    def waiting(self) -> dict[bytes, tuple[str, bytes]]:
+        """Of those that wait for a node, what to call them, and their class."""
+        templates = {identifier: self.records[identifier].template for identifier in self._pending}
+        return {one: (f"actor {self._template(template).name}", template) for one, template in templates.items()}
 
     @staticmethod
     def _story(record: ActorRecord) -> str:
@@ -278,9 +326,8 @@ class Actors:
     # --------------------------------------------------------------------------------------------------- jobs
     def end_group(self, group: bytes) -> None:
         """End the actors in a placement group that is no more."""
-        for record in list(self.records.values()):
-            if record.state != DEAD and self._template(record.template).group == group:
-                self._end(record.id, drain=False, why="its placement group was removed")
+        for actor in list(self._in_groups.get(group, ())):
+            self._end(actor, drain=False, why=GROUP_REMOVED)
 
     def end_job(self, is_of_job: Callable[[bytes], bool]) -> None:
         """End the actors of a job; detached ones stay."""

@@ -17,6 +17,7 @@ from hpcray import payload
 from hpcray.gcs import policies
 from hpcray.gcs.actors import Actors
 from hpcray.gcs.groups import Group, PlacementGroups
+from hpcray.gcs.patience import PATIENCE, Patience
 from hpcray.gcs.scheduling import Scheduler
 from hpcray.gcs.views import NodeView
 from hpcray.ids import node_id
@@ -52,9 +53,11 @@ class GcsCore:
         self.groups = PlacementGroups(self.views, out)
         self.scheduler = Scheduler(self.views, self.groups, template)
         self.actors = Actors(self.views, self.groups, template, out)
+        self._patience = Patience()
         self._handlers: dict[type, Callable[[int, Any], None]] = {
             m.Demand: self.scheduler.on_demand,
             m.Load: self._on_load,
+            m.Stuck: lambda _, x: self._on_stuck(x),
             m.GrantReturned: lambda _, x: self.scheduler.on_returned(x),
             m.CreatePlacementGroup: lambda _, x: self.groups.on_create(x),
             m.RemovePlacementGroup: lambda _, x: self._on_remove_group(x.group),
@@ -79,7 +82,7 @@ class GcsCore:
             "claim_group_name": self._claim_group_name,
             "placement_group": self._get_group,
             "why": self.why,
-            "placement_groups": lambda _: [self._describe_group(group) for group in self.groups.groups.values()],
+            "placement_groups": lambda _: [self._describe_group(group) for group in self.groups.known()],
         }
 
     def on_message(self, rank: int, message: m.PeerMessage) -> None:
@@ -101,10 +104,35 @@ class GcsCore:
             self.groups.place()
         if self.actors.is_waiting_for_room:
             self.actors.place()
+        if self.is_waiting_for_room or self._patience.due is not None:
+            self._tell_of_the_overdue(now)
         if not self.scheduler.has_demands:
             return
         for home, grant in self.scheduler.grants():
             self._out.send(home, grant)
+
+    @property
+    def next_due(self) -> float | None:
+        """When `end_turn` is to be called even if nothing happens until then."""
+        return self._patience.due
+
+    def _tell_of_the_overdue(self, now: float) -> None:
+        waiting = self.actors.waiting | self.groups.waiting
+        for identifier in self._patience.overdue(now, waiting.keys()):
+            title, template = waiting[identifier]
+            why = self.why(template) if template else self.groups.why_waiting(self.groups.groups[identifier])
+            if why and (not template or policies.feasible(self._template(template), self.views.values())):
+                self._notify(f"{title} has waited for a place for {PATIENCE:.0f} s:", why)
+
+    def _on_stuck(self, message: m.Stuck) -> None:
+        spec = self._template(message.template)
+        if (spec.group or policies.feasible(spec, self.views.values())) and (why := self.why(message.template)):
+            tasks = f"{message.count} tasks" if message.count > 1 else "1 task"
+            self._notify(f"{tasks} {spec.name}() found no place for {PATIENCE:.0f} s, and none of them runs:", why)
+
+    def _notify(self, title: str, lines: str) -> None:
+        shown = [title, *(f"  {line}" for line in lines.splitlines())]
+        self._out.send(0, m.LogLines(b"", "", 0, "", is_error=True, lines=shown))
 
     def _on_load(self, rank: int, load: m.Load) -> None:
         self.views[rank].on_load(load)
@@ -147,7 +175,8 @@ class GcsCore:
 
         self.scheduler.drop_home(is_of_job)
         self.actors.end_job(is_of_job)
-        self.groups.end_job(message.job)
+        for group in self.groups.end_job(message.job):
+            self.actors.end_group(group)
         for node in self.nodes:
             self._out.send(node.rank, m.JobEnded(message.job))
 
@@ -199,7 +228,7 @@ class GcsCore:
     def _get_group(self, arguments: Any) -> dict[str, Any] | None:
         """One placement group, by its id, or by namespace and name; None if there is none."""
         group, namespace, name = arguments
-        found = self.groups.groups.get(group) if group else self.groups.find(namespace, name)
+        found = self.groups.get(group) if group else self.groups.find(namespace, name)
         return None if found is None else self._describe_group(found)
 
     def _describe_group(self, group: Group) -> dict[str, Any]:

@@ -96,7 +96,8 @@ class Scheduler:
 
     def _places(self, template: bytes, spec: m.Template, node: NodeView) -> int:
         if spec.group:
-            otherwise = sum(slots(bundle, spec.resources) for bundle in self._groups.bundles_on(spec)[node.rank])
+            bundles = self._groups.bundles_on(spec)[node.rank].values()
+            otherwise = sum(slots(bundle, spec.resources) for bundle in bundles)
         else:
             otherwise = slots(node.available, spec.resources, node.units)
         return node.places(template, min(otherwise, 1 << 30))

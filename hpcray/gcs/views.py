@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 
 from hpcray.protocol import messages as m
@@ -44,8 +44,8 @@ class NodeView:
         self.granted: dict[bytes, int] = {}
         """Per class, places granted on this node since the job began."""
         self.arrived: dict[bytes, int] = {}
-        self.placing: dict[bytes, list[Shape]] = {}
-        """Demands of actors and bundles that were placed here and are not there yet: no report counts them."""
+        self.placing: dict[bytes, Sequence[Shape]] = {}
+        """Resources of actors and bundles that were placed here and are not there yet: no report counts them."""
 
     def on_load(self, load: m.Load) -> None:
         self.available = dict(load.available)
@@ -63,13 +63,15 @@ class NodeView:
         view = self.as_if_placed()
         return slots(view.available, shape, view.units) > 0
 
-    def take_off(self, shape: Shape) -> None:
+    def take_off(self, *shapes: Shape) -> None:
         """Something was taken of which the next report will tell."""
-        for name, amount in shape.items():
-            self.available[name] = self.available.get(name, 0) - amount
-            if (free := self.units.get(name)) is not None and slots({}, {name: amount}, {name: free}):
-                for number, part in choose_units(free, amount).items():
-                    free[number] -= part
+        available = self.available
+        for shape in shapes:
+            for name, amount in shape.items():
+                available[name] = available.get(name, 0) - amount
+                if (free := self.units.get(name)) is not None and slots({}, {name: amount}, {name: free}):
+                    for number, part in choose_units(free, amount).items():
+                        free[number] -= part
 
     def as_if_placed(self) -> NodeView:
         """This view when what is under way has arrived."""
@@ -79,8 +81,7 @@ class NodeView:
         view.available = dict(self.available)
         view.units = {name: dict(each) for name, each in self.units.items()}
         for shapes in self.placing.values():
-            for shape in shapes:
-                view.take_off(shape)
+            view.take_off(*shapes)
         return view
 
     def take(self, template: bytes, count: int) -> None:

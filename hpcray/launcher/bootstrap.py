@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -216,7 +216,7 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
         loop=loop,
         arena=arena,
         forks=forks,
-        config=config,
+        config=replace(config, fail_infeasible=options.fail_infeasible or config.fail_infeasible),
         spill_dir=spill_directory(options.spill_dir or config.spill_dir, os.environ),
         log_dir=options.log_dir,
         binding=_binding(nodes[rank]) if options.bind_workers or config.bind_workers else None,

@@ -111,6 +111,11 @@ _JOB_OPTIONS = [
     click.option(
         "--bind-workers", is_flag=True, help="Keep each task on CPUs of its own, near its memory (default: no)."
     ),
+    click.option(
+        "--fail-infeasible",
+        is_flag=True,
+        help="Fail what no node could ever run, rather than wait (default: wait, as Ray).",
+    ),
     click.option("--log-to-driver/--no-log-to-driver", default=True, help="Show what workers print (default: yes)."),
     click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as under python -m."),
     click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT [ARGS]..."),

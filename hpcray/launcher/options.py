@@ -61,6 +61,7 @@ class JobOptions:
         spill_dir: Directory on each node's own disk for objects that do not fit into memory.
         log_dir: Directory for the job's full logs; None keeps no files.
         bind_workers: Whether each worker runs on CPUs of its own.
+        fail_infeasible: Whether tasks and actors fail that no node could ever run.
         log_to_driver: Whether what workers print appears at the driver.
         namespace: The driver's namespace for named actors.
     """
@@ -75,6 +76,7 @@ class JobOptions:
     spill_dir: str | None = None
     log_dir: str | None = None
     bind_workers: bool = False
+    fail_infeasible: bool = False
     log_to_driver: bool = True
     namespace: str | None = None
 
@@ -97,6 +99,8 @@ def job_arguments(options: JobOptions) -> list[str]:
             arguments += [name, str(value)]
     if options.bind_workers:
         arguments.append("--bind-workers")
+    if options.fail_infeasible:
+        arguments.append("--fail-infeasible")
     if not options.log_to_driver:
         arguments.append("--no-log-to-driver")
     return arguments

@@ -659,8 +659,9 @@ class PullFrom(Message, tag=97):
 
 
 class HastenPull(Message, tag=98):
-    """Receiver → holder: the transfer under this tag is more urgent now. Ignored if it is over."""
+    """Receiver → holder: what was asked for by `Pull`, or by `MapObject` (tag 0), is more urgent now. Ignored if it is over."""
 
+    id: bytes
     tag: int
     urgency: int
 
@@ -669,6 +670,7 @@ class MapObject(Message, tag=84):
     """Same host: pin the object for the sender. Answered by `ObjectMapped`, or `PullFailed` with tag 0."""
 
     id: bytes
+    urgency: int
 
 
 class ObjectMapped(Message, tag=85):
@@ -776,6 +778,13 @@ class Load(Message, tag=101):
     units: dict[str, dict[int, int]]
     room: dict[bytes, int]
     arrived: dict[bytes, int]
+
+
+class Stuck(Message, tag=115):
+    """So many tasks of this template have found no place for long: the GCS tells drivers why. No answer."""
+
+    template: bytes
+    count: int
 
 
 class GrantReturned(Message, tag=102):
@@ -986,8 +995,8 @@ PeerMessage: TypeAlias = (
     | CopyAdded | CopyDropped | Free | Pull | PullFailed | PullFrom | HastenPull | MapObject | ObjectMapped | UnmapObject
     | RecallMapping | CopyLost
     | Survey | Surveyed | StartActor | LogLines
-    | Demand | Load | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor | WatchActor
-    | Ask | EndJob | CreatePlacementGroup | RemovePlacementGroup | WatchPlacementGroup | BundlesReserved
+    | Demand | Load | Stuck | GrantReturned | RegisterActor | ActorStarted | ActorEnded | ActorUnreferenced | KillActor
+    | WatchActor | Ask | EndJob | CreatePlacementGroup | RemovePlacementGroup | WatchPlacementGroup | BundlesReserved
     | PlacementGroupChanged | ReserveBundles | ReturnBundles | Grant | PlaceActor | ActorChanged | StopActor | Told
     | JobEnded | Shutdown | StartLane | EndLane | LaneLost | WantLane | Returned
 )  # fmt: skip

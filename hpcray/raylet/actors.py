@@ -204,6 +204,11 @@ class HostedActors:
             actor.init_error = payload.creation_error(actor.id, cls, inner)
             self._bury(actor, actor.init_error)
 
+    def lost_its_bundle(self, work: Work) -> None:
+        """It cannot be created here: its placement group was removed meanwhile."""
+        if (actor := self.actors.get(work.actor)) is not None:
+            self._bury(actor, self._died(actor, "its placement group was removed."))
+
     def _bury(self, actor: HostedActor, error: bytes) -> None:
         del self.actors[actor.id]
         self._epitaphs[actor.id] = error

@@ -23,7 +23,6 @@ from typing import Any, Protocol
 
 from hpcray import payload
 from hpcray.exceptions import InternalError
-from hpcray.gcs.policies import matches
 from hpcray.ids import client_prefix, object_id, task_of
 from hpcray.observe.findings import Finding
 from hpcray.observe.statistics import Traffic
@@ -33,13 +32,14 @@ from hpcray.raylet.binding import Binding
 from hpcray.raylet.calls import Calls
 from hpcray.raylet.clients import Client, Work, Worker
 from hpcray.raylet.explaining import explain
+from hpcray.raylet.feasibility import suits, why_bound_in_vain, why_infeasible
 from hpcray.raylet.groups import Groups
 from hpcray.raylet.lanes import Key, Lanes
 from hpcray.raylet.ledger import Ledger
 from hpcray.raylet.pool import Pool
 from hpcray.raylet.surveys import TOPICS, Surveys
 from hpcray.raylet.tasks import Tasks
-from hpcray.resources import Shape, Units, as_floats
+from hpcray.resources import Shape, Units
 from hpcray.store.allocator import Allocator
 from hpcray.store.entry import HERE, INLINE, MAPPED, SPILLED, Entry, Extent
 from hpcray.store.memory import Block
@@ -48,6 +48,8 @@ from hpcray.store.table import ObjectTable
 
 LOAD_DELAY = 0.01
 """Seconds by which the GCS may hear late that a raylet has less room than it said."""
+
+_ADVICE = "Ask for less, or give the job more (e.g. --num-cpus, --resources, --labels)."
 
 
 class RayletOut(Protocol):
@@ -78,6 +80,8 @@ class GcsHere(Protocol):
 
     @property
     def is_waiting_for_room(self) -> bool: ...
+    @property
+    def next_due(self) -> float | None: ...
     def on_message(self, rank: int, message: m.PeerMessage) -> None: ...
     def end_turn(self, now: float) -> None: ...
     def explain(self, asked: str) -> list[Finding]: ...
@@ -127,6 +131,7 @@ class RayletCore:
         inline_limit: Bytes up to which objects ride in messages.
         store_timeout: Seconds without anything coming free, after which who waits for room is told that there is none.
         binding: Where its workers run; None: wherever the system likes.
+        fail_infeasible: Whether tasks and actors fail that no node could ever run, rather than wait.
         out: The way out.
     """
 
@@ -141,6 +146,7 @@ class RayletCore:
         store_timeout: float,
         out: RayletOut,
         binding: Binding | None = None,
+        fail_infeasible: bool = False,
     ) -> None:
         me = nodes[rank]
         self.rank = rank
@@ -174,7 +180,8 @@ class RayletCore:
         self.report_due: float | None = None
         """When a report that could wait has to be made."""
         self._granted_classes: dict[bytes, int] = {}
-        self._warned: set[bytes] = set()
+        self._fail_infeasible = fail_infeasible
+        self._warned: set[str] = set()
         self.gcs: GcsHere | None = None
         """On rank 0: the GCS of the same process."""
         self._from_client: dict[type, Callable[[Client, Any], None]] = {
@@ -189,7 +196,7 @@ class RayletCore:
             m.RecallDone: self._on_recall_done, m.LaneIdle: lambda _, x: self.lanes.on_idle((x.home, x.client, x.lane)),
             m.CreatePlacementGroup: lambda _, x: self.to_gcs(x),
             m.RemovePlacementGroup: lambda _, x: self.groups.on_remove(x),
-            m.AwaitPlacementGroup: self.groups.on_await,
+            m.AwaitPlacementGroup: self._on_await_group,
             m.SetupFailed: self._on_setup_failed,
         }  # fmt: skip
         self._from_peer: dict[type, Callable[[int, Any], None]] = {
@@ -201,7 +208,7 @@ class RayletCore:
             m.CopyAdded: lambda rank, x: self.transfers.on_copy_added(x, rank),
             m.CopyDropped: lambda rank, x: self.transfers.on_copy_dropped(x.id, rank), m.Free: self._on_free,
             m.Pull: lambda rank, x: self.transfers.on_pull(x, rank),
-            m.MapObject: lambda rank, x: self.transfers.on_map(x.id, rank),
+            m.MapObject: lambda rank, x: self.transfers.on_map(x.id, rank, x.urgency),
             m.ObjectMapped: lambda rank, x: self.transfers.pulls.on_mapped(x, rank),
             m.UnmapObject: lambda rank, x: self.transfers.on_unmap(x.id, rank),
             m.RecallMapping: lambda rank, x: self.table.pressure.on_recall(x.id, rank),
@@ -219,6 +226,7 @@ class RayletCore:
             m.PlacementGroupChanged: lambda _, x: self.groups.on_changed(x.group, x.state),
             m.ReserveBundles: lambda _, x: self.groups.on_reserve(x), m.ReturnBundles: lambda _, x: self.groups.on_return(x),
             m.Returned: self.tasks.on_returned,
+            m.LogLines: lambda _, x: self._out.show(x),
             m.LaneLost: lambda _, x: self.lanes.on_lost(x), m.WantLane: lambda _, x: self.lanes.on_wanted(x.client, x.lane),
         }  # fmt: skip
 
@@ -331,50 +339,22 @@ class RayletCore:
 
     def suits(self, template: m.Template) -> bool:
         """Whether this node is one of those that a class asks for; of a preference, whether nobody can have a better one."""
-        me = self.nodes[self.rank]
-        if not matches(template.labels, me.labels):
-            return False
-        if self.is_alone and (template.node is None or template.node_is_soft):
-            return True
-        return template.node in (None, self.rank) and matches(template.liked_labels, me.labels)
+        return suits(template, self.rank, self.nodes)
 
     def why_never(self, template: m.Template) -> str:
-        """Why a class that is bound to one node can never run, as a sentence for people; empty if it is not, or can."""
-        if template.node is None or template.node_is_soft:
-            return ""
-        bound = f"{template.name} is bound to a node by NodeAffinitySchedulingStrategy(soft=False)"
-        if not 0 <= template.node < len(self.nodes):
-            return f"{bound}, but there is no such node in this job. Take one of hpcray.nodes(), or soft=True"
-        node = self.nodes[template.node]
-        shape = _asked(template)
-        if not _has(node, shape):
-            most = {name: node.resources.get(name, 0) for name in shape}
-            return f"{bound} that has {as_floats(most)} in all, but needs {as_floats(shape)}. Ask for less, or take soft=True"
-        if not matches(template.labels, node.labels):
-            return f"{bound} that has not the labels that it asks for, too"
+        """Why a class is to fail rather than to wait, as a sentence for people; empty if it is to wait."""
+        if why := why_bound_in_vain(template, self.nodes):
+            return why
+        if self._fail_infeasible and (why := why_infeasible(template, self.nodes)):
+            return f"{why}. {_ADVICE}"
         return ""
 
     def warn_if_infeasible(self, template: m.Template) -> None:
         """Tell drivers, once per class, of a demand that no node of the job can ever meet."""
-        if template.group:
-            return  # its bundles were checked when it was called
-        shape = _asked(template)
-        labelled = [node for node in self.nodes if matches(template.labels, node.labels)]
-        if any(_has(node, shape) for node in labelled):
-            return
-        key = template.function + repr((sorted(shape.items()), template.labels)).encode()
-        if key not in self._warned:
-            self._warned.add(key)
-            most = {name: max((n.resources.get(name, 0) for n in labelled), default=0) for name in shape}
-            if labelled:
-                kind = "with the labels that it asks for " if template.labels else "of this job "
-                why = f"needs {as_floats(shape)}, but no node {kind}has more than {as_floats(most)}"
-            else:
-                why = "asks for labels that no node of this job has"
-            self.notify(
-                f"{template.name} {why}: it will wait for ever. Ask for less, or give the job more (e.g. --num-cpus, "
-                "--resources, --labels)."
-            )
+        why = why_infeasible(template, self.nodes)
+        if why and why not in self._warned:
+            self._warned.add(why)
+            self.notify(f"{why}: it will wait for ever. {_ADVICE}")
 
     def notify(self, text: str) -> None:
         """Show a line to the users of all drivers."""
@@ -642,11 +622,13 @@ class RayletCore:
 
     def _hold_returns(self, client: Client, task: bytes, count: int) -> None:
         for index in range(1, count + 1):
-            identifier = object_id(task, index)
-            client.held.add(identifier)
-            # A driver gets its results as they come: it need not ask, and its reader thread takes them in.
-            if client.is_driver and self.table.when_exists(identifier, partial(self._push, client, identifier)):
-                self._push(client, identifier)
+            self._hold_return(client, object_id(task, index))
+
+    def _hold_return(self, client: Client, identifier: bytes) -> None:
+        client.held.add(identifier)
+        # A driver gets its results as they come: it need not ask, and its reader thread takes them in.
+        if client.is_driver and self.table.when_exists(identifier, partial(self._push, client, identifier)):
+            self._push(client, identifier)
 
     def _push(self, client: Client, identifier: bytes) -> None:
         if identifier in client.held:
@@ -655,6 +637,10 @@ class RayletCore:
                 self._out.to_client(client, m.InlineObject(identifier, entry.data))
             else:
                 self._out.to_client(client, m.Exists([identifier]))
+
+    def _on_await_group(self, client: Client, message: m.AwaitPlacementGroup) -> None:
+        self.groups.on_await(message)
+        self._hold_return(client, message.id)
 
     def _on_create_actor(self, client: Client, message: m.CreateActor) -> None:
         client.held.add(object_id(message.actor, 0))
@@ -766,6 +752,14 @@ class RayletCore:
             self.hosted.could_not_start(work, error)
         else:
             self._report_crash(work, error)
+
+    def lost_its_bundle(self, work: Work) -> None:
+        """Its placement group was removed after it had been sent here."""
+        if work.actor:
+            self.hosted.lost_its_bundle(work)
+        else:
+            spec = self.templates[work.template]
+            self._report_crash(work, payload.group_removed(spec.group, spec.name))
 
     def _report_crash(self, work: Work, error: bytes) -> None:
         if work.home != self.rank:
@@ -934,7 +928,9 @@ class RayletCore:
     def next_due(self) -> float | None:
         """When `end_turn` is to be called even if nothing happens until then; None: not at all."""
         pool = self.pool
-        dues = (self.table.pressure.next_expiry, self.report_due, pool.look_due, pool.return_due)
+        gcs_due = self.gcs.next_due if self.gcs is not None else None
+        own = (self.table.pressure.next_expiry, self.report_due, pool.look_due, pool.return_due, self.tasks.warning_due)
+        dues = (*own, gcs_due)
         return min((due for due in dues if due is not None), default=None)
 
     def end_turn(self, now: float) -> None:
@@ -943,6 +939,8 @@ class RayletCore:
         tasks, pool = self.tasks, self.pool
         if pool.look_due is not None and pool.look_due <= now:
             pool.look_behind(now)
+        if tasks.queues:
+            tasks.warn_if_stuck(now)
         while True:
             self.table.end_turn(now)
             if self.surveys.asked:
@@ -951,6 +949,8 @@ class RayletCore:
                 tasks.place()
             if pool.has_work:
                 pool.dispatch(now)
+            if self.memory.stands_still:
+                pool.arguments.make_way()
             if pool.end_idle_leases() and (pool.has_work or tasks.queues):
                 continue  # what they held may be just what others wait for
             if not self.is_alone and pool.is_short and self._return_overdue(now):
@@ -1003,7 +1003,12 @@ class RayletCore:
         if self.is_alone and not self.gcs_wants_load:
             return  # there is nobody whose tasks could be sent here
         reported = self._reported
-        if not self._granted_classes and reported is not None and reported.available == self.ledger.free:
+        if (
+            not self._granted_classes
+            and reported is not None
+            and reported.available == self.ledger.free
+            and reported.units == self.ledger.free_units
+        ):
             self.report_due = None
             return  # as on a head that only has a driver
         load = self._load()
@@ -1043,14 +1048,6 @@ class RayletCore:
                 raise InternalError(
                     f"rank {self.rank}: {count} clients hold {identifier.hex()}, which the table disputes"
                 )
-
-
-def _asked(template: m.Template) -> Shape:
-    return template.actor.placement if template.actor and template.actor.placement else template.resources
-
-
-def _has(node: NodeInfo, shape: Shape) -> bool:
-    return all(node.resources.get(name, 0) >= amount for name, amount in shape.items())
 
 
 def _offers_more(load: m.Load, reported: m.Load) -> bool:

@@ -9,13 +9,17 @@ Rules:
      active in the order in which the work came.
   2. An active bundle that is complete while its work cannot run (another class took its place) gives its pins up if another
      needs the room. So pinned arguments never wait for each other in a circle.
-  3. A bundle that is larger than the arena fails its work, and nothing else. One for which no room came fails it only if
+  3. When nothing comes free any more for those who wait for room, all bundles let go of their pins; what is lost by that is
+     fetched again. So a bundle waits neither for the end of a task that waits for memory which the bundle has pinned, nor for
+     itself, where what it has pinned lies in the middle of the free memory: that it lets go of only once before others hold
+     less, or arguments that do not fit together would make room for one another for ever.
+  4. A bundle that is larger than the arena fails its work, and nothing else. One for which no room came fails it only if
      nothing runs here whose end could make room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from hpcray import payload
@@ -30,34 +34,38 @@ from hpcray.store.table import ObjectTable
 class Claims:
     """Distinct objects that bundles need, and their bytes: tasks often share an argument."""
 
-    __slots__ = ("_counts", "size")
+    __slots__ = ("_sizes", "counts", "size")
 
     def __init__(self) -> None:
-        self._counts: dict[bytes, int] = {}
+        self.counts: dict[bytes, int] = {}
+        """Bundles that need an object."""
+        self._sizes: dict[bytes, int] = {}
+        """As the first of them said: a task that was run again may have made a result of another size."""
         self.size = 0
 
     def added(self, sizes: dict[bytes, int]) -> int:
         """How many bytes more these would be."""
-        return sum(size for identifier, size in sizes.items() if identifier not in self._counts)
+        return sum(size for identifier, size in sizes.items() if identifier not in self.counts)
 
     def add(self, sizes: dict[bytes, int]) -> None:
         self.size += self.added(sizes)
-        for identifier in sizes:
-            self._counts[identifier] = self._counts.get(identifier, 0) + 1
+        for identifier, size in sizes.items():
+            self.counts[identifier] = self.counts.get(identifier, 0) + 1
+            self._sizes.setdefault(identifier, size)
 
     def remove(self, sizes: dict[bytes, int]) -> None:
-        for identifier, size in sizes.items():
-            if count := self._counts[identifier] - 1:
-                self._counts[identifier] = count
+        for identifier in sizes:
+            if count := self.counts[identifier] - 1:
+                self.counts[identifier] = count
             else:
-                del self._counts[identifier]
-                self.size -= size
+                del self.counts[identifier]
+                self.size -= self._sizes.pop(identifier)
 
 
 class Bundle:
     """The arguments of one piece of work."""
 
-    __slots__ = ("awaited", "is_active", "is_prefetched", "pins", "round", "sizes", "then", "work")
+    __slots__ = ("awaited", "is_active", "is_prefetched", "least_of_others", "pins", "round", "sizes", "then", "work")
 
     def __init__(self, work: Work, sizes: dict[bytes, int], then: Callable[[], None]) -> None:
         self.work = work
@@ -65,9 +73,11 @@ class Bundle:
         self.then = then
         self.is_prefetched = False
         self.is_active = False
+        self.least_of_others = float("inf")
+        """Bytes of the arena that were not its own when it last let go of its pins for arguments."""
         self.awaited: set[bytes] = set()
         """Objects that are still on their way."""
-        self.pins: list[Block] = []
+        self.pins: dict[bytes, Block] = {}
         self.round = 0
         """How often they were asked for: what an earlier round has to say comes too late."""
 
@@ -183,6 +193,21 @@ class Dependencies:
         claims = self._active_claims
         return not self._active or claims.size + claims.added(bundle.sizes) <= self._budget
 
+    def make_way(self) -> None:
+        """Somebody waits for room, and none comes: let go of pins."""
+        memory = self._table.memory
+        is_for_arguments = memory.first_urgency >= ARGUMENT
+        self._demote()
+        for bundle in list(self._active.values()):
+            if not memory.stands_still:
+                return
+            others = memory.in_use - sum(block.size for block in bundle.pins.values())
+            if is_for_arguments and others >= bundle.least_of_others:
+                continue
+            if is_for_arguments:
+                bundle.least_of_others = others
+            self._unpin(bundle)
+
     def _demote(self) -> None:
         for work, bundle in list(self._active.items()):
             if not bundle.awaited:
@@ -194,7 +219,7 @@ class Dependencies:
         bundle.is_active = True
         self._active[bundle.work] = bundle
         self._active_claims.add(bundle.sizes)
-        self._fetch(bundle, ARGUMENT)
+        self._fetch(bundle, bundle.sizes, ARGUMENT)
 
     def _prefetch(self) -> None:
         waiting = [bundle for bundles in self._waiting.values() for bundle in bundles.values()]
@@ -208,13 +233,13 @@ class Dependencies:
                 return
             bundle.is_prefetched = True
             self._prefetch_claims.add(bundle.sizes)
-            self._fetch(bundle, PREFETCH)
+            self._fetch(bundle, bundle.sizes, PREFETCH)
 
     # --------------------------------------------------------------------------------------------------------- fetching
-    def _fetch(self, bundle: Bundle, urgency: int) -> None:
+    def _fetch(self, bundle: Bundle, identifiers: Iterable[bytes], urgency: int) -> None:
         bundle.round += 1
-        bundle.awaited = set(bundle.sizes)
-        for identifier in bundle.sizes:
+        bundle.awaited = set(identifiers)
+        for identifier in list(identifiers):
             arrived = partial(self._arrived, bundle, bundle.round, identifier)
             if self._table.when_local(identifier, arrived, urgency):
                 arrived(None)
@@ -243,6 +268,9 @@ class Dependencies:
             if not self._has_all(work):
                 return  # something has left again: it is fetched when the work could run
             self._leave(bundle)
+        elif work.error is None and (unpinned := self._unpinned(bundle)):
+            self._fetch(bundle, unpinned, ARGUMENT)  # it has made way
+            return
         bundle.then()
 
     def _may_hope(self, bundle: Bundle, error: bytes) -> bool:
@@ -254,16 +282,23 @@ class Dependencies:
         block = self._table.entries[identifier].block
         if block is not None:
             self._table.memory.pin(block)
-            bundle.pins.append(block)
+            bundle.pins[identifier] = block
+
+    def _unpinned(self, bundle: Bundle) -> list[bytes]:
+        entries = self._table.entries
+        return [i for i in bundle.sizes if i not in bundle.pins and entries[i].state != INLINE]
+
+    def _unpin(self, bundle: Bundle) -> None:
+        pins, bundle.pins = bundle.pins, {}
+        for block in pins.values():
+            self._table.memory.unpin(block)
 
     def _let_go(self, bundle: Bundle) -> None:
         bundle.is_active = False
         bundle.round += 1
         bundle.awaited = set()
         self._active_claims.remove(bundle.sizes)
-        pins, bundle.pins = bundle.pins, []
-        for block in pins:
-            self._table.memory.unpin(block)
+        self._unpin(bundle)
 
     def _leave(self, bundle: Bundle) -> None:
         """It waits no more."""
@@ -303,7 +338,7 @@ class Dependencies:
         claims, prefetch = Claims(), Claims()
         for bundle in self._active.values():
             claims.add(bundle.sizes)
-            if not bundle.is_active or any(block.pins < 1 for block in bundle.pins):
+            if not bundle.is_active or any(block.pins < 1 for block in bundle.pins.values()):
                 raise InternalError(f"the arguments of {bundle.work.task.hex()} are active and not pinned")
         for bundles in self._waiting.values():
             for bundle in bundles.values():
@@ -311,5 +346,5 @@ class Dependencies:
                     raise InternalError(f"the arguments of {bundle.work.task.hex()} wait, and are active")
                 if bundle.is_prefetched:
                     prefetch.add(bundle.sizes)
-        if claims.size != self._active_claims.size or prefetch.size != self._prefetch_claims.size:
-            raise InternalError("bundles claim other bytes than they need")
+        if claims.counts != self._active_claims.counts or prefetch.counts != self._prefetch_claims.counts:
+            raise InternalError("bundles claim other objects than they need")

@@ -8,6 +8,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Protocol
 
 from hpcray import payload
@@ -16,6 +17,9 @@ from hpcray.raylet.clients import Client, Work, Worker
 from hpcray.raylet.pool import Pool
 from hpcray.raylet.tasks import Tasks
 from hpcray.store.table import ObjectTable
+
+REMEMBERED = 10_000
+"""Removed groups that are known here; of others the GCS is asked again."""
 
 
 class GroupsOut(Protocol):
@@ -27,7 +31,7 @@ class GroupsOut(Protocol):
     def report_load(self) -> None: ...
     def template(self, identifier: bytes) -> m.Template: ...
     def kill_worker(self, worker: Worker) -> None: ...
-    def could_not_run(self, work: Work, error: bytes) -> None: ...
+    def lost_its_bundle(self, work: Work) -> None: ...
 
 
 class Groups:
@@ -40,7 +44,8 @@ class Groups:
         self._out = out
         self.states: dict[bytes, str] = {}
         """Of the groups that are watched; "" until the GCS has answered."""
-        self._awaited: dict[bytes, dict[bytes, bytes]] = {}
+        self._removed: deque[bytes] = deque()
+        self.awaited: dict[bytes, dict[bytes, bytes]] = {}
         """Group → objects that come to exist when it does, and their payloads."""
 
     # ------------------------------------------------------------------------------------------------------ the users' end
@@ -50,10 +55,10 @@ class Groups:
             self.states[group] = ""
             self._out.to_gcs(m.WatchPlacementGroup(group))
 
-    def on_await(self, client: Client, message: m.AwaitPlacementGroup) -> None:
+    def on_await(self, message: m.AwaitPlacementGroup) -> None:
+        """An object is to exist when the group does."""
         self._table.references.create(message.id)
-        client.held.add(message.id)
-        self._awaited.setdefault(message.group, {})[message.id] = message.data
+        self.awaited.setdefault(message.group, {})[message.id] = message.data
         self.watch(message.group)
         self._settle(message.group)
 
@@ -69,6 +74,9 @@ class Groups:
         self._settle(group)
         if state == "removed":
             self._tasks.fail_group(group)
+            self._removed.append(group)
+            if len(self._removed) > REMEMBERED:
+                del self.states[self._removed.popleft()]
 
     def is_removed(self, group: bytes) -> bool:
         """Whether nothing can run in it any more."""
@@ -76,9 +84,9 @@ class Groups:
 
     def _settle(self, group: bytes) -> None:
         state = self.states[group]
-        if state not in ("created", "removed") or group not in self._awaited:
+        if state not in ("created", "removed") or group not in self.awaited:
             return
-        for identifier, data in self._awaited.pop(group).items():
+        for identifier, data in self.awaited.pop(group).items():
             error = payload.group_removed(group, "ready()")
             self._table.set_inline(identifier, data if state == "created" else error, [])
 
@@ -94,12 +102,7 @@ class Groups:
             worker = client.worker
             if worker is not None and worker.holding is not None and worker.holding.account in accounts:
                 self._out.kill_worker(worker)
-        if message.group in self._pool.ledger.groups:
-            return
-        # Tasks that no worker has go back to their homes, which hear from the GCS what became of the group; actors are the
-        # GCS's to end.
         for template in self._pool.classes_without_worker:
-            spec = self._out.template(template) if template else None
-            if spec is not None and spec.group == message.group and spec.actor is None:
+            if self._pool.has_no_bundle(template):
                 for work in self._pool.withdraw(template, lambda _: True):
-                    self._out.could_not_run(work, payload.group_removed(message.group, spec.name))
+                    self._out.lost_its_bundle(work)

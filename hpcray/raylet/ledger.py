@@ -6,7 +6,7 @@ A worker that blocks gives its CPUs back and takes them again when it goes on, w
 Rules:
   1. In each account, total = free + Σ what its holdings have, per resource; likewise for each unit (GPU).
   2. A bundle is a holding of the raylet's own account, and an account to those who run in it.
-  3. A bundle that is given up takes nobody in, and goes back to the raylet when the last holding in it does.
+  3. A bundle that is given up takes nobody in, and goes back to the raylet when the last holding in it does, paused or not.
 """
 
 from __future__ import annotations
@@ -217,6 +217,8 @@ class Ledger:
         of_account: dict[Account, list[Holding]] = {account: [] for account in [self._own, *bundles]}
         of_account[self._own] += [bundle.holding for bundle in bundles]
         for holding in holdings:
+            if holding.account not in of_account:
+                raise InternalError(f"somebody has {holding.shape} of a bundle that went back")
             of_account[holding.account].append(holding)
         for account, held in of_account.items():
             free = dict(account.free)

@@ -63,6 +63,7 @@ class PoolOut(Protocol):
     def stored_value(self, worker: Worker, entry: Entry) -> m.StoredValue: ...
     def template(self, identifier: bytes) -> m.Template: ...
     def could_not_run(self, work: Work, error: bytes) -> None: ...
+    def lost_its_bundle(self, work: Work) -> None: ...
 
 
 class Pool:
@@ -100,6 +101,9 @@ class Pool:
     # ------------------------------------------------------------------------------------------------------------ work
     def accept(self, work: Work) -> None:
         """Take over a piece of work: have its arguments brought, then queue it."""
+        if self.has_no_bundle(work.template):
+            self._out.lost_its_bundle(work)
+            return
         if work.dependencies and not self.arguments.add(work, partial(self._push_first, work)):
             return
         self.push(work)
@@ -128,6 +132,19 @@ class Pool:
         work.is_awaited = True
         if (queue := self.ready.get(work.template)) is not None:
             queue.hasten(work.task)
+
+    def has_no_bundle(self, template: bytes) -> bool:
+        """Whether a class belongs into bundles that are not here, or no more: they were here when it was sent."""
+        spec = self._out.template(template) if template else None
+        return spec is not None and bool(spec.group) and not self.ledger.could_fit(spec)
+
+    def _requeue(self, work: Work) -> None:
+        """Put work that a worker had and did not start before all other of its class."""
+        if self.has_no_bundle(work.template):
+            self.release_arguments(work)
+            self._out.lost_its_bundle(work)
+        else:
+            self._push_first(work)
 
     def _next_ready(self, queue: ClassQueue[Work]) -> Work | None:
         """Take the first of a queue whose arguments are (still) here; those whose are not wait for them."""
@@ -436,7 +453,7 @@ class Pool:
         """A worker that blocks returned tasks which it had not started: they go first."""
         for task in reversed(list(tasks)):
             if (work := worker.tasks.pop(task, None)) is not None:
-                self._push_first(work)
+                self._requeue(work)
 
     # ---------------------------------------------------------------------------------------------------- taking back
     def add_tokens(self) -> None:
@@ -545,7 +562,7 @@ class Pool:
             lost.append(work)
         if not is_actor:
             for work in reversed(works[1:]):
-                self._push_first(work)  # Never started: it costs no attempt.
+                self._requeue(work)  # Never started: it costs no attempt.
         return lost
 
     def prestart(self, count: int) -> None:

@@ -63,3 +63,50 @@ class ClassQueue(Generic[Item]):
         item.is_awaited = True
         self.push_first(task, item)
         return True
+
+
+class HomeQueue(ClassQueue[Item]):
+    """Tasks of a class at their home. Those whose arguments lie on another host wait apart, for places near these."""
+
+    __slots__ = ("away",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away: dict[int, ClassQueue[Item]] = {}
+        """By the rank that has most of their arguments."""
+
+    def __len__(self) -> int:
+        return self.count_here + sum(map(len, self.away.values()))
+
+    def __iter__(self) -> Iterator[Item]:
+        yield from super().__iter__()
+        for queue in self.away.values():
+            yield from queue
+
+    @property
+    def count_here(self) -> int:
+        """How many may as well run here."""
+        return super().__len__()
+
+    def near(self) -> dict[int, int]:
+        """How many would rather run on which rank."""
+        return {rank: len(queue) for rank, queue in self.away.items()}
+
+    def part(self, rank: int | None) -> ClassQueue[Item]:
+        """Where those go that would rather run on a rank; None: those that may as well run here."""
+        return self if rank is None else self.away.setdefault(rank, ClassQueue())
+
+    def pop_for(self, rank: int) -> Item:
+        """Take the first that would rather run on this rank, else the first of all."""
+        if rank not in self.away:
+            if self.count_here:
+                return self.pop()
+            rank = next(iter(self.away))
+        queue = self.away[rank]
+        item = queue.pop()
+        if not queue:
+            del self.away[rank]
+        return item
+
+    def hasten(self, task: bytes) -> bool:
+        return super().hasten(task) or any(queue.hasten(task) for queue in self.away.values())

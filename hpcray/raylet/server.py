@@ -123,6 +123,7 @@ class RankServer:
             arena_start=CONTROL_PAGE,
             inline_limit=config.inline_limit,
             store_timeout=config.store_timeout,
+            fail_infeasible=config.fail_infeasible,
             out=self,
             binding=binding,
         )
@@ -359,9 +360,7 @@ class RankServer:
         self._has_news = True
         core, gcs = self.core, self.gcs
         for message in decode_from_peer(frame):
-            if isinstance(message, m.LogLines):
-                self.show(message)
-            elif isinstance(message, m.Shutdown):
+            if isinstance(message, m.Shutdown):
                 self.exit_code = message.code
                 self.loop.stop()
             elif not core.on_peer_message(source, message):

@@ -17,16 +17,19 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from hpcray import payload
+from hpcray.gcs.patience import PATIENCE
 from hpcray.ids import object_id, task_of
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work
 from hpcray.raylet.pool import Pool
-from hpcray.raylet.queues import ClassQueue
+from hpcray.raylet.queues import HomeQueue
 from hpcray.store.entry import HERE, INLINE, SPILLED
 from hpcray.store.references import References
 from hpcray.store.table import ObjectTable
 
 NOWHERE = -1
+WORTH_ASKING = 1 << 20
+"""Bytes of arguments on another host for which a task waits for a place there, rather than run here at once."""
 
 
 class TasksOut(Protocol):
@@ -34,11 +37,13 @@ class TasksOut(Protocol):
 
     rank: int
     is_alone: bool
+    now: float
 
     def send(self, rank: int, message: m.PeerMessage) -> None: ...
     def to_gcs(self, message: m.PeerMessage) -> None: ...
     def push_definitions(self, rank: int, template: bytes) -> None: ...
     def template(self, identifier: bytes) -> m.Template: ...
+    def share_host(self, rank: int, other: int) -> bool: ...
     def count_arrival(self, template: bytes) -> None: ...
     def suits(self, template: m.Template) -> bool: ...
     def why_never(self, template: m.Template) -> str: ...
@@ -93,13 +98,16 @@ class Tasks:
         self._pool = pool
         self._out = out
         self.tasks: dict[bytes, Task] = {}
-        self.queues: dict[bytes, ClassQueue[Task]] = {}
+        self.queues: dict[bytes, HomeQueue[Task]] = {}
         self.ran_on: dict[bytes, int] = {}
         """Per class, the rank that was granted last."""
         self._looked_at: set[bytes] = set()
         """Classes whose demand was compared with what the job has."""
         self._asked: dict[bytes, int] = {}
         """Per class, how many tasks the GCS believes to be waiting here."""
+        self._waits_since: dict[bytes, float] = {}
+        """Per class with a queue, when last one of its tasks was given a place."""
+        self._warned: set[bytes] = set()
 
     # ---------------------------------------------------------------------------------------------------------- submit
     def on_submit(self, message: m.Submit, runs_on: int | None = None) -> None:
@@ -143,14 +151,34 @@ class Tasks:
             if why := self._out.why_never(template):
                 self._fail(task, payload.system_error("TaskUnschedulableError", f"The task is not schedulable: {why}"))
                 return
-            queue = self.queues[task.template] = ClassQueue()
+            queue = self.queues[task.template] = HomeQueue()
+            self._waits_since[task.template] = self._out.now
             if task.template not in self._looked_at:
                 self._looked_at.add(task.template)
                 self._out.warn_if_infeasible(template)
+        part = queue.part(self._better_place(task))
         if first or task.is_awaited:
-            queue.push_first(task.id, task)
+            part.push_first(task.id, task)
         else:
-            queue.push(task.id, task)
+            part.push(task.id, task)
+
+    def _better_place(self, task: Task) -> int | None:
+        """The rank of another host that has so much more of a task's arguments than this one that it is worth asking for."""
+        if self._out.is_alone or not task.dependencies:
+            return None
+        template = self._out.template(task.template)
+        if template.spread or template.node is not None or template.group:
+            return None
+        sizes: dict[int, int] = {}
+        for dependency in describe_dependencies(self._table, task.dependencies):
+            if isinstance(dependency, m.RemoteDependency):
+                for rank in dependency.ranks:
+                    sizes[rank] = sizes.get(rank, 0) + dependency.size
+        if not sizes:
+            return None
+        here = max((size for rank, size in sizes.items() if self._out.share_host(rank, self._out.rank)), default=0)
+        best = max(sizes, key=lambda rank: (sizes[rank], -rank))
+        return best if sizes[best] - here >= WORTH_ASKING else None
 
     def hasten(self, objects: Iterable[bytes]) -> None:
         """A worker here waits for these: tasks that make them, and have not been started, go first, the first of all first."""
@@ -183,19 +211,22 @@ class Tasks:
             queue = self.queues[identifier]
             template = self._out.template(identifier)
             if self.may_stay(template):
+                count = queue.count_here
                 if queue.awaited:
                     for _ in range(min(len(queue.awaited), self._pool.room_for_awaited(identifier))):
                         self._start_here(queue.pop())
-                for _ in range(min(len(queue), self._pool.room(identifier))):
+                for _ in range(min(queue.count_here, self._pool.room(identifier))):
                     self._start_here(queue.pop())
-                if queue and self._pool.ledger.could_fit(template):
+                if queue.count_here < count:
+                    self._waits_since[identifier] = self._out.now
+                if queue.count_here and self._pool.ledger.could_fit(template):
                     left_waiting[identifier] = bool(queue.awaited)
-            if not queue:
-                del self.queues[identifier]
             waiting = len(queue)
+            if not waiting:
+                self._drop_queue(identifier)
             if not self._out.is_alone and waiting != self._asked.get(identifier, 0):
                 self._out.push_definitions(0, identifier)
-                self._out.to_gcs(m.Demand(identifier, waiting))
+                self._out.to_gcs(m.Demand(identifier, waiting, queue.near()))
                 if waiting:
                     self._asked[identifier] = waiting
                 else:
@@ -218,8 +249,9 @@ class Tasks:
         self.ran_on[grant.template] = grant.rank
         # The GCS has taken the granted tasks off its count already.
         self._asked[grant.template] = self._asked.get(grant.template, 0) - count
+        self._waits_since[grant.template] = self._out.now
         for _ in range(count):
-            task = queue.pop()
+            task = queue.pop_for(grant.rank)
             if grant.rank == self._out.rank:
                 self._out.count_arrival(task.template)
                 self._start_here(task)
@@ -231,10 +263,33 @@ class Tasks:
                     grant.rank, m.Execute(task.id, task.attempt, task.template, task.arguments, dependencies)
                 )
         if not queue:
-            self._pool.left_waiting.pop(grant.template, None)
-            del self.queues[grant.template]
+            self._drop_queue(grant.template)
             if self._asked.get(grant.template) == 0:
                 del self._asked[grant.template]
+
+    def _drop_queue(self, template: bytes) -> HomeQueue[Task]:
+        self._pool.left_waiting.pop(template, None)
+        del self._waits_since[template]
+        return self.queues.pop(template)
+
+    # --------------------------------------------------------------------------------------------------------- patience
+    @property
+    def warning_due(self) -> float | None:
+        """When the user may have to be told that a class finds no place."""
+        since = min((s for template, s in self._waits_since.items() if template not in self._warned), default=None)
+        return None if since is None else since + PATIENCE
+
+    def warn_if_stuck(self, now: float) -> None:
+        """Have the GCS tell drivers, once, of classes for which there has been no place for long, and that run nowhere."""
+        for template, since in self._waits_since.items():
+            if template in self._warned or since + PATIENCE > now:
+                continue
+            if any(task.template == template and task.runs_on != NOWHERE for task in self.tasks.values()):
+                self._waits_since[template] = now  # there are just more of them than places
+                continue
+            self._warned.add(template)
+            self._out.push_definitions(0, template)
+            self._out.to_gcs(m.Stuck(template, len(self.queues[template])))
 
     def _start_here(self, task: Task) -> None:
         here = self._out.rank
@@ -298,7 +353,7 @@ class Tasks:
                 task.retries = 0
                 task.is_dropped = True
         for template in [known for known in self.queues if is_of_job(known)]:
-            for task in self.queues.pop(template):
+            for task in self._drop_queue(template):
                 self._fail_dropped(task)
 
     def _fail_dropped(self, task: Task) -> None:
@@ -310,7 +365,7 @@ class Tasks:
         for identifier in list(self.queues):
             template = self._out.template(identifier)
             if template.group == group:
-                for task in self.queues.pop(identifier):
+                for task in self._drop_queue(identifier):
                     self._fail(task, payload.group_removed(group, template.name))
 
     def _retry(self, task: Task) -> bool:

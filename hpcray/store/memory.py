@@ -2,28 +2,36 @@
 
 Rules:
   1. A block goes back to the allocator when it was abandoned *and* its last pin is gone.
-  2. Creators are served in the order of their asking: a small request waits behind a large one, which never starves. So
-     nothing that comes free is taken by anybody behind the one that waits for it.
+  2. Creators wait in one queue: the more urgent ones first, since who is waited for by what runs must not wait for what has to
+     run later; among equals in the order of their asking. What comes free is for the first, so that large requests are served
+     while others come and go. But once nothing more has come free for the first for `STANDSTILL` seconds, whoever fits into
+     what is free is served: it may be just what the first waits for.
   3. Where there is no room, blocks without pins leave, those least recently looked at first: unused copies, then copies that
      others have too, then primary copies that are on disk as well. If that is not enough, the creator waits, and the keeper
      is told, once per turn, how much is waited for (`on_pressure`): it spills.
   4. One that is not wanted any more (its client has died, its object was freed) leaves the queue in that turn: it is told
      that there is no room, and nobody waits behind it.
-  5. A creator waits until, for `patience` seconds, nothing has come free and no write to disk was begun that is still under
-     way; then it is told so. One that asks for more than the arena has is told at the end of the turn.
+  5. A creator waits until, for `patience` seconds, no more has come free than was before, nobody was served in turn and no write
+     to disk was begun that is still under way; then it is told so. One that asks for more than the arena has is told at the end
+     of the turn.
 
 Blocks in arenas of other ranks of this host are pinned here as well; the last pin on them goes back to that rank.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from bisect import insort
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeAlias
 
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
+
+STANDSTILL = 1.0
+"""Seconds without anything coming free, after which the first creator is overtaken: long for tasks that come and go, short for
+those who wait in a circle."""
 
 
 class Block:
@@ -70,12 +78,18 @@ class Keeper(Protocol):
 class _Creator:
     """Somebody who waits for room."""
 
-    __slots__ = ("id", "is_wanted", "since", "size", "then")
+    __slots__ = ("id", "is_wanted", "since", "size", "then", "urgency")
 
     def __init__(
-        self, identifier: bytes, size: int, then: Callable[[Block | None], None], is_wanted: Callable[[], bool]
+        self,
+        identifier: bytes,
+        size: int,
+        then: Callable[[Block | None], None],
+        is_wanted: Callable[[], bool],
+        urgency: int,
     ) -> None:
         self.id = identifier
+        self.urgency = urgency
         self.size = size
         self.is_wanted = is_wanted
         self.since = float("inf")
@@ -106,12 +120,15 @@ class Memory:
         """Primary copies that are nowhere else."""
         self.freed: dict[int, Block] = {}
         """Blocks of this arena, by offset, that were abandoned and wait for their last pin."""
-        self._creators: deque[_Creator] = deque()
+        self._creators: list[_Creator] = []
         self._refused: list[_Creator] = []
         """Those who are to be told that there is no room."""
-        self._freed_at = float("-inf")
-        self._has_freed = False
-        self._busy_since = float("-inf")
+        self._first: _Creator | None = None
+        """Who was first in the queue at the end of the last turn."""
+        self._most_free = 0
+        """Bytes that were free at most since then."""
+        self._has_hope = False
+        self._moved_at = self._busy_since = self._now = float("-inf")
 
     # ---------------------------------------------------------------------------------------------------------- looking
     def pin(self, block: Block) -> None:
@@ -148,7 +165,6 @@ class Memory:
             return
         self.freed.pop(block.offset, None)
         self._allocator.free(block.offset)
-        self._has_freed = True
         self._serve_creators()
 
     # ------------------------------------------------------------------------------------------------- what may leave
@@ -182,20 +198,32 @@ class Memory:
         then: Callable[[Block | None], None],
         is_wanted: Callable[[], bool] = lambda: True,
         *,
+        urgency: int = 0,
         only_free: bool = False,
     ) -> None:
         """Call `then` with memory for the object, at once or when there is room; with None if none comes.
 
         That is not known before the end of the turn; nor does one wait longer who is not wanted any more. With `only_free`,
-        nothing else leaves for it, and it does not wait.
+        nothing else leaves for it, and it does not wait. `urgency`: see entry.py, the least goes first.
         """
-        creator = _Creator(identifier, size, then, is_wanted)
+        creator = _Creator(identifier, size, then, is_wanted, urgency)
         if size > self._allocator.size or (only_free and not self.is_free(size)):
             self._refused.append(creator)
-        elif not self._creators and (block := self._make_room(creator)) is not None:
+        elif self._is_next(urgency) and (block := self._make_room(creator)) is not None:
             then(block)
         else:
-            self._creators.append(creator)
+            insort(self._creators, creator, key=_urgency)
+
+    def _is_next(self, urgency: int) -> bool:
+        return not self._creators or urgency < self._creators[0].urgency
+
+    def hasten(self, identifier: bytes, urgency: int) -> None:
+        """Whoever waits for room for this object is more urgent now. Does nothing if nobody does."""
+        for creator in [each for each in self._creators if each.id == identifier and urgency < each.urgency]:
+            self._creators.remove(creator)
+            creator.urgency = urgency
+            insort(self._creators, creator, key=_urgency)
+            self._serve_creators()
 
     def is_free(self, size: int) -> bool:
         """Whether there is memory for an object that nobody would have to leave, or to wait longer, for."""
@@ -212,15 +240,38 @@ class Memory:
         self._dismiss(lambda creator: not creator.is_wanted())
         if self._creators:
             self._busy_since = self._keeper.on_pressure(sum(creator.size for creator in self._creators), now)
-        if self._has_freed:
-            self._has_freed = False
-            self._freed_at = now
         for creator in self._creators:
             creator.since = min(creator.since, now)
+        self._note_moves(now)
         self._dismiss(lambda creator: self._is_late(creator, now))
+        if self.stands_still:
+            self._serve_whoever_fits()
+
+    def _note_moves(self, now: float) -> None:
+        self._now = now
+        if not self._creators:
+            return
+        first, free = self._creators[0], self._allocator.available
+        if first is not self._first:
+            self._first, self._most_free = first, free
+        elif free > self._most_free:
+            self._most_free = free
+        elif not self._has_hope:
+            return
+        self._has_hope = False
+        self._moved_at = now
+
+    def _serve_whoever_fits(self) -> None:
+        served = []
+        for creator in self._creators[1:]:
+            if (offset := self._allocator.allocate(creator.size)) is not None:
+                served.append((creator, Block(creator.id, self._rank, offset, creator.size)))
+                self._creators.remove(creator)
+        for creator, block in served:
+            creator.then(block)
 
     def _dismiss(self, is_meant: Callable[[_Creator], bool]) -> None:
-        kept: deque[_Creator] = deque()
+        kept: list[_Creator] = []
         dismissed: list[_Creator] = []
         for creator in self._creators:
             (dismissed if is_meant(creator) else kept).append(creator)
@@ -232,25 +283,41 @@ class Memory:
 
     def note_progress(self) -> None:
         """Room is being made: who waits may hope."""
-        self._has_freed = True
+        self._has_hope = True
+
+    def _idle_since(self, creator: _Creator) -> float:
+        return max(creator.since, self._moved_at, self._busy_since)
 
     def _deadline(self, creator: _Creator) -> float:
-        return max(creator.since, self._freed_at, self._busy_since) + self._patience
+        return self._idle_since(creator) + self._patience
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether no more has come free for the first creator for so long that others need not wait behind it."""
+        first = self._creators[0] if self._creators else None
+        return first is not None and first is self._first and self._idle_since(first) + STANDSTILL <= self._now
 
     def _is_late(self, creator: _Creator, now: float) -> bool:
         # Nobody is in the turn of its asking, whatever the patience: who is told may ask for the same again at once.
         return creator.since < now and self._deadline(creator) <= now
 
     @property
+    def first_urgency(self) -> int:
+        """Of the creators that wait, the first one's."""
+        return self._creators[0].urgency
+
+    @property
     def next_expiry(self) -> float | None:
         """When `on_turn` should be called, if a creator waits."""
         due = min(map(self._deadline, self._creators), default=float("inf"))
+        if self._creators and (standstill := self._idle_since(self._creators[0]) + STANDSTILL) > self._now:
+            due = min(due, standstill)
         return due if due < float("inf") else None
 
     @property
     def has_news(self) -> bool:
         """Whether somebody has asked in vain since the last `on_turn`."""
-        return bool(self._refused) or (bool(self._creators) and self._creators[-1].since == float("inf"))
+        return bool(self._refused) or any(creator.since == float("inf") for creator in self._creators)
 
     @property
     def is_waited_for(self) -> bool:
@@ -265,7 +332,7 @@ class Memory:
             block = self._make_room(first)
             if block is None:
                 return
-            self._creators.popleft()
+            del self._creators[0]
             first.then(block)
 
     def _make_room(self, creator: _Creator) -> Block | None:
@@ -283,7 +350,6 @@ class Memory:
     def _evict(self, victim: Block) -> None:
         self._put_in(victim, None)
         self._allocator.free(victim.offset)
-        self._has_freed = True
         self._keeper.on_evicted(victim)
 
     # ---------------------------------------------------------------------------------------------------------- figures
@@ -319,3 +385,7 @@ class Memory:
         for offset, block in self.freed.items():
             if block.offset != offset or not block.dead or block.pins < 1:
                 raise InternalError(f"rank {self._rank}: {block.id.hex()} is freed, and its memory is not given back")
+
+
+def _urgency(creator: _Creator) -> int:
+    return creator.urgency

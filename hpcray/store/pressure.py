@@ -162,7 +162,7 @@ class Pressure:
                 self.memory.abandon(block)
                 self._lose_spilled(entry, error)
 
-        self.memory.reserve(entry.id, entry.size, with_room, is_wanted, only_free=is_prefetch)
+        self.memory.reserve(entry.id, entry.size, with_room, is_wanted, urgency=entry.urgency, only_free=is_prefetch)
 
     def _lose_spilled(self, entry: Entry, why: str) -> None:
         error = payload.system_error("ObjectLostError", _unreadable_text(entry.id, why), entry.id.hex())

@@ -3,8 +3,9 @@
 Rules:
   1. An object is fetched once, however many want it, as urgently as the most impatient of them: a waiting `get` before the
      arguments of a task that could run now before those of one that waits in a queue.
-  2. So many bytes are on their way at a time (`budget`), but one object always may be. The more urgent ones do not wait for
-     less urgent ones, and before they have all started, no less urgent one starts. A prefetch takes free memory only.
+  2. So many bytes are on their way at a time (`budget`), of `MOST` objects, but one object always may be. The more urgent ones
+     do not wait for less urgent ones, and before they have all started, no less urgent one starts. A prefetch takes free
+     memory only.
   3. A copy on this host is mapped, never moved. Else a rank that has it is asked for the bytes; it may name another rank, that
      is receiving them from it (`on_redirected`). A source that fails is passed over; without any left, the home is asked; but if
      one of them has it on disk and no room for it, that is what those who wait are told.
@@ -26,6 +27,9 @@ from hpcray.store.memory import Block, Memory
 
 BUDGET_SHARE = 0.4
 """Part of the arena that objects on their way may take, and that the arguments of tasks which have not begun may hold."""
+MOST = 256
+"""Objects on their way at a time: a rank's transfers from one peer have 4,096 tags, and each of the three urgencies may have as
+many under way."""
 NOBODY = -1
 
 
@@ -82,7 +86,7 @@ class Receiver(Protocol):
 class Server(Protocol):
     """Who serves others with what comes here."""
 
-    def on_map(self, identifier: bytes, mapper: int) -> None:
+    def on_map(self, identifier: bytes, mapper: int, urgency: int) -> None:
         """The object that this rank of the host waits to map is here."""
 
     def on_given_up(self, block: Block) -> None:
@@ -139,6 +143,8 @@ class Pulls:
         """Those that wait for their turn, by urgency, in order."""
         self._under_way = [0] * (PREFETCH + 1)
         """Bytes by urgency."""
+        self._number_under_way = [0] * (PREFETCH + 1)
+        """Objects by urgency."""
 
     def fetch(self, entry: Entry) -> None:
         """Bring an object that is AWAY to this node, as urgently as the entry says; or hasten it."""
@@ -154,14 +160,17 @@ class Pulls:
     def _hasten(self, pull: Pull, urgency: int) -> None:
         identifier = pull.entry.id
         is_queued = self._queues[pull.urgency].pop(identifier, None) is not None
-        self._under_way[pull.urgency] -= pull.counted
-        self._under_way[urgency] += pull.counted
+        counted = pull.counted
+        self._count(pull, 0)
         pull.urgency = urgency
+        self._count(pull, counted)
         if is_queued:
             self._queues[urgency][identifier] = pull
             self.pump()
-        elif pull.tag:
-            self._out.send(pull.source, m.HastenPull(pull.tag, urgency))
+        elif pull.tag or pull.is_mapping:
+            self._out.send(pull.source, m.HastenPull(identifier, pull.tag, urgency))
+        else:
+            self._memory.hasten(identifier, urgency)
 
     # ------------------------------------------------------------------------------------------------------ where from
     def is_mappable(self, entry: Entry) -> bool:
@@ -203,7 +212,7 @@ class Pulls:
         pull.source = neighbour
         pull.via = NOBODY
         pull.is_mapping = True
-        self._out.send(neighbour, m.MapObject(pull.entry.id))
+        self._out.send(neighbour, m.MapObject(pull.entry.id, pull.urgency))
 
     # ------------------------------------------------------------------------------------------------------------ queue
     def pump(self) -> None:
@@ -220,24 +229,42 @@ class Pulls:
         for queue in self._queues:
             while queue:
                 pull = next(iter(queue.values()))
-                if self._is_wanted(pull) and not self._may_start(pull):
+                is_wanted = self._is_wanted(pull)
+                if is_wanted and not self._may_start(pull):
                     return
                 del queue[pull.entry.id]
-                if not self._is_wanted(pull):
+                if is_wanted:
+                    self._reserve(pull)
+                else:
                     self._end(pull)
-                    continue
-                pull.counted = pull.entry.size
-                self._under_way[pull.urgency] += pull.counted
-                self._memory.reserve(
-                    pull.entry.id, pull.entry.size, partial(self._reserved, pull), partial(self._is_wanted, pull)
-                )
 
     def _may_start(self, pull: Pull) -> bool:
-        size = pull.entry.size
-        if pull.urgency == PREFETCH and not self._memory.is_free(size):
+        size, urgency = pull.entry.size, pull.urgency
+        if urgency == PREFETCH and not self._memory.is_free(size):
             return False
-        before = sum(self._under_way[: pull.urgency + 1])
-        return not before or before + size <= self.budget
+        before, number = sum(self._under_way[: urgency + 1]), sum(self._number_under_way[: urgency + 1])
+        if number and self._memory.stands_still:
+            # Those that only wait for room keep no other waiting, which may fit and be what they wait for.
+            receiving = [p.counted for p in self._pulls.values() if p.block is not None and p.urgency <= urgency]
+            before, number = sum(receiving), len(receiving)
+        return not number or (before + size <= self.budget and number < MOST)
+
+    def _reserve(self, pull: Pull) -> None:
+        size = pull.entry.size
+        self._count(pull, size)
+        self._memory.reserve(
+            pull.entry.id,
+            size,
+            partial(self._reserved, pull),
+            partial(self._is_wanted, pull),
+            urgency=pull.urgency,
+        )
+
+    def _count(self, pull: Pull, size: int) -> None:
+        """From now on it counts for so many bytes: 0 if it is not under way."""
+        self._under_way[pull.urgency] += size - pull.counted
+        self._number_under_way[pull.urgency] += bool(size) - bool(pull.counted)
+        pull.counted = size
 
     @property
     def is_waiting(self) -> bool:
@@ -300,7 +327,7 @@ class Pulls:
         self._end(pull)
         self._receiver.on_arrived(entry)
         for mapper in mappers:
-            self._server.on_map(entry.id, mapper)
+            self._server.on_map(entry.id, mapper, pull.urgency)
 
     def _end(self, pull: Pull) -> None:
         """It is under way no more, whatever came of it."""
@@ -312,8 +339,7 @@ class Pulls:
         self.pump()
 
     def _give_up_block(self, pull: Pull) -> None:
-        self._under_way[pull.urgency] -= pull.counted
-        pull.counted = 0
+        self._count(pull, 0)
         block, pull.block = pull.block, None
         if block is not None:
             pull.filling = Filling()
@@ -393,7 +419,8 @@ class Pulls:
     def check(self) -> None:
         """Raise InternalError if the books disagree. Slow: tests and HPCRAY_CHECK=1."""
         for urgency, size in enumerate(self._under_way):
-            if size != sum(pull.counted for pull in self._pulls.values() if pull.urgency == urgency):
+            counted = [pull.counted for pull in self._pulls.values() if pull.urgency == urgency and pull.counted]
+            if (size, self._number_under_way[urgency]) != (sum(counted), len(counted)):
                 raise InternalError(f"rank {self._rank}: {size} bytes of urgency {urgency} are not under way")
         for urgency, queue in enumerate(self._queues):
             for identifier, pull in queue.items():

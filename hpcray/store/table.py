@@ -137,8 +137,8 @@ class ObjectTable:
         entry = self.entries[identifier]
         if entry.state in (INLINE, HERE, MAPPED):
             return True
-        entry.urgency = min(entry.urgency, urgency)
         if entry.fetchers is None:
+            entry.urgency = urgency
             entry.fetchers = []
             if entry.state == AWAY:
                 self.transfers.fetch(entry)
@@ -148,10 +148,21 @@ class ObjectTable:
                 self.pressure.restore(entry)
             else:
                 self._ask_home(entry)
-        elif entry.state == AWAY and not entry.is_stranded:
-            self.transfers.fetch(entry)  # it is on its way, but may be wanted more urgently now
+        else:
+            self.hasten(identifier, urgency)
         entry.fetchers.append(action)
         return False
+
+    def hasten(self, identifier: bytes, urgency: int) -> None:
+        """If the object is being brought here, it is wanted at least so urgently."""
+        entry = self.entries.get(identifier)
+        if entry is None or entry.fetchers is None or urgency >= entry.urgency:
+            return
+        entry.urgency = urgency
+        if entry.state == AWAY and not entry.is_stranded:
+            self.transfers.fetch(entry)
+        elif entry.state == SPILLED:
+            self.memory.hasten(identifier, urgency)
 
     def _exists(self, entry: Entry) -> None:
         waiters, entry.waiters = entry.waiters, None

@@ -22,7 +22,7 @@ from typing import Protocol
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.store import pulls
-from hpcray.store.entry import SPILLED, Entry, Fetcher
+from hpcray.store.entry import ARGUMENT, SPILLED, Entry, Fetcher
 from hpcray.store.memory import Block, Memory
 from hpcray.store.pulls import NOBODY, Done, Filling, Pulls, PullsOut, Transfer
 
@@ -42,8 +42,11 @@ class TransfersOut(PullsOut, Protocol):
 class Receiver(pulls.Receiver, Protocol):
     """Who waits for what is fetched."""
 
-    def when_local(self, identifier: bytes, action: Fetcher) -> bool:
+    def when_local(self, identifier: bytes, action: Fetcher, urgency: int) -> bool:
         """True if the object can be read on this node; else it is brought here and `action` is called then."""
+
+    def hasten(self, identifier: bytes, urgency: int) -> None:
+        """If it is being brought here, it is wanted at least so urgently."""
 
 
 class _Serving:
@@ -74,6 +77,8 @@ class Transfers:
         self.sent_bytes = 0
         self._servings: dict[bytes, list[_Serving]] = {}
         """By object. The receiver may be done before us, and ask again under the same tag."""
+        self._asked: dict[tuple[int, int], m.Pull] = {}
+        """Pulls by receiver and tag that wait until the object is read back from disk."""
         self._mapped_out: dict[tuple[int, bytes], Block] = {}
         """Blocks of this arena that other ranks of the host map, by rank and object."""
         self._recalled: set[tuple[int, bytes]] = set()
@@ -88,7 +93,10 @@ class Transfers:
     def on_pull(self, message: m.Pull, receiver: int) -> None:
         """Another rank wants the bytes."""
 
+        key = receiver, message.tag
+
         def serve(block: Block | None, error: bytes) -> None:
+            del self._asked[key]
             if block is None:
                 self._out.send(receiver, m.PullFailed(message.id, message.tag, 0, error))
             else:
@@ -96,9 +104,11 @@ class Transfers:
 
         pull = self.pulls.receiving(message.id, message.via) if message.via != NOBODY else None
         if pull is not None and pull.block is not None:
+            self._receiver.hasten(message.id, message.urgency)
             self._serve(message, receiver, pull.block, pull.filling)
         else:
-            self._when_here(message.id, serve)
+            self._asked[key] = message
+            self._when_here(message.id, message.urgency, serve)
 
     def _serve(self, message: m.Pull, receiver: int, block: Block, filling: Filling | None) -> None:
         servings = self._servings.setdefault(message.id, [])
@@ -132,8 +142,12 @@ class Transfers:
         return chosen
 
     def on_hasten(self, message: m.HastenPull, receiver: int) -> None:
-        """The receiver wants it more urgently now."""
-        self._out.hasten(receiver, message.tag, message.urgency)
+        """The receiver wants it more urgently now: it is sent so, and comes here so if it is not here yet."""
+        if (asked := self._asked.get((receiver, message.tag))) is not None:
+            asked.urgency = message.urgency
+        if message.tag:
+            self._out.hasten(receiver, message.tag, message.urgency)
+        self._receiver.hasten(message.id, message.urgency)
 
     def on_given_up(self, block: Block) -> None:
         """This block will not be filled any more: whoever is sent what has arrived of it must go on elsewhere."""
@@ -144,10 +158,11 @@ class Transfers:
                 self._out.send(serving.receiver, m.PullFailed(block.id, serving.tag, sent))
 
     # ---------------------------------------------------------------------------------------------------------- mapping
-    def on_map(self, identifier: bytes, mapper: int) -> None:
+    def on_map(self, identifier: bytes, mapper: int, urgency: int) -> None:
         """Another rank of this host wants to map the object."""
         if (pull := self.pulls.receiving(identifier)) is not None:
             pull.mappers.append(mapper)
+            self._receiver.hasten(identifier, urgency)
             return
 
         def show(block: Block | None, error: bytes) -> None:
@@ -159,9 +174,9 @@ class Transfers:
                 self._mapped_out[mapper, identifier] = block
             self._out.send(mapper, m.ObjectMapped(identifier, block.offset, block.size))
 
-        self._when_here(identifier, show)
+        self._when_here(identifier, urgency, show)
 
-    def _when_here(self, identifier: bytes, then: Callable[[Block | None, bytes], None]) -> None:
+    def _when_here(self, identifier: bytes, urgency: int, then: Callable[[Block | None, bytes], None]) -> None:
         """With the block of an object, if need be restored from disk; with None if it cannot be had here.
 
         With an error as well if it is on disk and there is no room for it: it may be had later.
@@ -175,7 +190,8 @@ class Transfers:
             is_on_disk = entry.state == SPILLED and self._entries.get(identifier) is entry
             then(entry.block, error if error is not None and is_on_disk else b"")
 
-        if entry.state != SPILLED or self._receiver.when_local(identifier, local):
+        # What another rank prefetches is read back like the arguments of a task: this one does not know its memory.
+        if entry.state != SPILLED or self._receiver.when_local(identifier, local, min(urgency, ARGUMENT)):
             then(entry.block, b"")
 
     def on_unmap(self, identifier: bytes, mapper: int) -> None:

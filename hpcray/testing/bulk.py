@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hpcray.store.pulls import Done, Transfer
+from hpcray.transport.tags import Tags
 
 CHUNK = 1024
 
@@ -56,10 +57,11 @@ class FakeBulk:
         """By receiver, holder and tag."""
         self._serves: dict[tuple[int, int, int], Journey] = {}
         self._made = 0
+        self._tags: dict[int, Tags] = {}
+        """Of each receiver."""
 
     def new_tag(self, receiver: int, holder: int) -> int:
-        """The least that is free."""
-        return next(tag for tag in range(1, 1 << 20) if (receiver, holder, tag) not in self._receives)
+        return self._tags.setdefault(receiver, Tags()).new(holder)
 
     def receive(self, receiver: int, target: Transfer, done: Done) -> None:
         self._made += 1
@@ -127,6 +129,7 @@ class FakeBulk:
         received, journey.received = journey.received, None
         if received is not None:
             del self._receives[journey.receiver, journey.target.rank, journey.target.tag]
+            self._tags[journey.receiver].free(journey.target.rank, journey.target.tag)
             self._forget(journey)
             received(journey.error)
 

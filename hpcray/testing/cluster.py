@@ -210,9 +210,7 @@ class Node:
         self.end_turn()
 
     def _on_peer_message(self, source: int, message: m.PeerMessage) -> None:
-        if isinstance(message, m.LogLines):
-            self.show(message)
-        elif not self.core.on_peer_message(source, message):
+        if not self.core.on_peer_message(source, message):
             assert self.gcs is not None, f"rank {source} sent {message} to rank {self.rank}"
             self.gcs.on_message(source, message)
 
@@ -398,4 +396,8 @@ class Cluster:
                 found.append(f"{name}: free {core.ledger.free} of {core.ledger.total}")
             if core.pool.ready or core.pool.leases:
                 found.append(f"{name}: work waits or leases are open")
+            found += [f"{name}: bundles of group {group.hex()}" for group in core.ledger.groups]
+            found += [f"{name}: objects wait for group {group.hex()}" for group in core.groups.awaited]
+            if node.gcs is not None:
+                found += [f"group {group.hex()}" for group in node.gcs.groups.groups]
         return found

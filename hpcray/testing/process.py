@@ -11,6 +11,7 @@ import msgspec
 from hpcray import ids, payload
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Client
+from hpcray.resources import Shape
 
 
 class ProcessOut(Protocol):
@@ -181,6 +182,23 @@ class Process:
         arguments = make_value(task, nested)
         self.send(m.Call(task, actor, "method", arguments, list(dependencies), list(nested), num_returns))
         return self._hold_returns(task, num_returns)
+
+    def create_group(self, bundles: Sequence[Shape], strategy: str = "PACK", *, detached: bool = False) -> bytes:
+        """Ask for a placement group; its id."""
+        group = self.new_id()
+        self.send(m.CreatePlacementGroup(group, self.job, "", "", strategy, list(bundles), detached, []))
+        return group
+
+    def await_group(self, group: bytes) -> bytes:
+        """The id of an object that comes to exist when all bundles are set aside."""
+        identifier = ids.object_id(self.new_id(), 0)
+        self.send(m.AwaitPlacementGroup(identifier, group, make_value(identifier)))
+        self.held.add(identifier)
+        return identifier
+
+    def remove_group(self, group: bytes) -> None:
+        """Give the bundles back."""
+        self.send(m.RemovePlacementGroup(group))
 
     def _hold_returns(self, task: bytes, count: int) -> list[bytes]:
         returns: list[bytes] = [ids.object_id(task, index) for index in range(1, count + 1)]

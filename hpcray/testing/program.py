@@ -41,6 +41,9 @@ class Program:
         self._paths: dict[bytes, Path] = {}
         self._children: dict[Path, int] = {}
         self._actors: set[bytes] = set()
+        self.groups: dict[bytes, list[int]] = {}
+        """Placement groups that nobody has removed, and the CPUs of each bundle."""
+        self.removed: list[bytes] = []
         self._inside: dict[bytes, list[bytes]] = {}
         """What each object, task or actor holds: nobody makes objects that hold one another, since counting frees no circle."""
 
@@ -97,13 +100,16 @@ class Program:
     def submit(self, *, cpus: int = 10_000, spread: bool = False, num_returns: int = 1, retries: int = 0) -> None:
         """`f.remote(ref, [ref])`."""
         process = self.somebody()
+        group, bundle, cpus = self._some_bundle(cpus)
         template = self.cluster.template(
             process,
-            f"f{cpus}{spread}{num_returns}{retries}",
+            f"f{cpus}{spread}{num_returns}{retries}{group.hex()}{bundle}",
             resources={"CPU": cpus} if cpus else {},
-            spread=spread,
+            spread=spread and not group,
             num_returns=num_returns,
             max_retries=retries,
+            group=group,
+            bundle=bundle,
         )
         path = self._new_path(process)
         dependencies = self._some(self._awaitable(process, path))
@@ -114,8 +120,17 @@ class Program:
     def create_actor(self, *, restarts: int = 0) -> None:
         """`A.remote(ref, [ref])`."""
         process = self.somebody()
-        options = m.ActorOptions(max_restarts=restarts, placement={"CPU": 10_000})
-        template = self.cluster.template(process, f"A{restarts}", resources={}, num_returns=0, actor=options)
+        group, bundle, cpus = self._some_bundle(5_000)
+        options = m.ActorOptions(max_restarts=restarts, placement={} if group else {"CPU": 10_000})
+        template = self.cluster.template(
+            process,
+            f"A{restarts}{cpus}{group.hex()}{bundle}",
+            resources={"CPU": cpus} if group else {},
+            num_returns=0,
+            actor=options,
+            group=group,
+            bundle=bundle,
+        )
         path = self._new_path(process)
         dependencies = self._some(self._awaitable(process, path), 1)
         nested = self._some(self._refs(process), 1)
@@ -123,6 +138,38 @@ class Program:
         self._inside[actor] = [*dependencies, *nested]
         self._paths[actor] = path
         self._actors.add(actor)
+
+    def _some_bundle(self, cpus: int) -> tuple[bytes, int, int]:
+        """A group (maybe none, maybe one that is gone), a bundle of it or any, and CPUs that fit."""
+        groups = list(self.groups) if self.random.random() < 0.9 else self.removed[-1:]
+        if not groups or self.random.random() < 0.5:
+            return b"", -1, cpus
+        group = self.random.choice(groups)
+        bundles = self.groups.get(group, [10_000])
+        bundle = self.random.randrange(-1, len(bundles))
+        return group, bundle, min(cpus, max(bundles) if bundle < 0 else bundles[bundle])
+
+    def create_group(self, strategy: str) -> None:
+        """`placement_group([{"CPU": …}, …])`; anybody may use it at once, as if told by other means."""
+        bundles = [self.random.choice([10_000, 5_000]) for _ in range(self.random.randint(1, 3))]
+        group = self.somebody().create_group([{"CPU": cpus} for cpus in bundles], strategy)
+        self.groups[group] = bundles
+
+    def await_group(self) -> None:
+        """`group.ready()`."""
+        if groups := [*self.groups, *self.removed[-1:]]:
+            self.somebody().await_group(self.random.choice(groups))
+
+    def remove_group(self) -> None:
+        """`remove_placement_group(group)`, now and then again."""
+        if groups := [*self.groups, *self.removed[-1:]]:
+            group = self.random.choice(groups)
+            self.somebody().remove_group(group)
+            self._was_removed(group)
+
+    def _was_removed(self, group: bytes) -> None:
+        if self.groups.pop(group, None) is not None:
+            self.removed.append(group)
 
     def call(self, *, num_returns: int = 1) -> None:
         """`actor.method.remote(ref, [ref])`."""
@@ -227,8 +274,10 @@ class Program:
             assert self.has_failed, f"{identifier.hex()} is the error of a task, but none has raised"
             return
         name, arguments = payload.describe_system_error(error)
-        if name in ("WorkerCrashedError", "ActorDiedError"):
-            assert self.has_killed or self.has_failed, (
+        if name in ("TaskPlacementGroupRemoved", "ActorUnschedulableError"):
+            assert any(group.hex() in arguments[0] for group in self.removed), arguments
+        elif name in ("WorkerCrashedError", "ActorDiedError"):
+            assert self.has_killed or self.has_failed or self.removed, (
                 f"{identifier.hex()}: {name}, but nothing was killed: {arguments}"
             )
         elif name == "ObjectStoreFullError":
@@ -246,6 +295,7 @@ class Program:
         while True:
             self.cluster.run(self._choose, check=False)
             self.judge()
+            self._judge_groups()
             if not (running := self.cluster.running):
                 return
             self.random.choice(running).finish(keep=keep and self.random.random() < 0.5)
@@ -254,6 +304,11 @@ class Program:
         """Bring the program to its end: all gets are answered, then all is released, then nothing is left."""
         for node in self.cluster.ranks:
             node.disk_is_full = False
+        self.settle()
+        for group in list(self.groups):
+            # What waits for one that has no place would wait for ever.
+            self.drivers[0].remove_group(group)
+            self._was_removed(group)
         self.settle()
         if self.may_be_full:
             for process in self.cluster.processes:
@@ -276,6 +331,26 @@ class Program:
         left = self.cluster.leftovers()
         assert not left, "left over: " + "; ".join(left)
 
+    def _judge_groups(self) -> None:
+        """Nothing is under way: of each group all bundles are where they should be, or none is anywhere."""
+        gcs = self.cluster.ranks[0].gcs
+        assert gcs is not None
+        reserved = {
+            (group, index): node.rank
+            for node in self.cluster.ranks
+            for group, bundles in node.core.ledger.groups.items()
+            for index in bundles
+        }
+        created = [group for group in gcs.groups.groups.values() if group.state == "created"]
+        assert {group.state for group in gcs.groups.groups.values()} <= {"created", "pending"}
+        assert set(gcs.groups.groups) == set(self.groups)
+        assert reserved == {(group.id, index): rank for group in created for index, rank in group.placed.items()}
+        assert all(len(group.placed) == len(group.spec.bundles) for group in created)
+        for group in gcs.groups.groups.values():
+            if group.state == "created" and group.spec.strategy.startswith("STRICT"):
+                ranks = set(group.placed.values())
+                assert len(ranks) == (1 if group.spec.strategy == "STRICT_PACK" else len(group.placed))
+
     def _judge_runs(self) -> None:
         if self.has_killed or self.has_failed:
             return
@@ -290,6 +365,11 @@ class Program:
 
 def random_step(program: Program, random: Random, *, kills: bool, failures: bool) -> None:
     """One action, drawn with weights that let work and messages pile up."""
+    if random.random() < 0.1:
+        kinds = ["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+        actions = [lambda: program.create_group(random.choice(kinds)), program.await_group, program.remove_group]
+        random.choice(actions)()
+        return
     draw = random.random()
     if draw < 0.45:
         program.deliver(random.randint(1, 4))

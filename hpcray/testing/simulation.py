@@ -90,8 +90,8 @@ class _Rank:
         for rank, messages in self._outboxes.items():
             self._simulation.deliver(self.rank, rank, messages, self.busy_until + LATENCY)
         self._outboxes = {}
-        if self.core.report_due is not None:
-            self.wake(self.core.report_due)
+        if (due := self.core.next_due) is not None:
+            self.wake(due)
 
     def on_frame(self, source: int, messages: Iterable[m.PeerMessage]) -> None:
         for message in messages:
@@ -118,6 +118,11 @@ class _Rank:
             simulation.on_result()
         elif isinstance(message, m.Exit):
             del self._workers[client.number]
+
+    def add_tokens(self, worker: Client, count: int) -> None: ...
+
+    def take_tokens(self, worker: Client) -> int:
+        return 0  # as if the worker had started all that it was sent
 
     def show(self, lines: m.LogLines) -> None: ...
 
@@ -154,6 +159,10 @@ class _TimedGcs:
     @property
     def is_waiting_for_room(self) -> bool:
         return self.core.is_waiting_for_room
+
+    @property
+    def next_due(self) -> float | None:
+        return self.core.next_due
 
     def explain(self, asked: str) -> list[Finding]:
         return self.core.explain(asked)

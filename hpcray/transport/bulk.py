@@ -28,11 +28,6 @@ from mpi4py import MPI  # noqa: E402
 OnDone = Callable[[str | None], None]
 """Called once with None, or with what went wrong; the memory is not used any more."""
 
-FIRST_TAG = 16
-"""Below are the tags of frames."""
-MOST_TAGS = 4096
-"""Transfers at once from one peer; MPI promises tags up to 32767 only."""
-
 CHUNK_SIZE = 1 << 20
 CHUNKS_IN_FLIGHT = 2
 TURN_SECONDS = 1e-3
@@ -47,7 +42,7 @@ class Filling(Protocol):
 class Receive:
     """A transfer that comes here."""
 
-    __slots__ = ("_chunks", "_posted", "buffer", "end", "error", "filling", "on_done", "peer", "start", "tag")
+    __slots__ = ("_chunks", "_posted", "buffer", "end", "error", "filling", "on_done", "peer", "tag")
 
     def __init__(
         self, peer: int, tag: int, buffer: memoryview, on_done: OnDone, filling: Filling | None = None
@@ -57,7 +52,6 @@ class Receive:
         self.buffer = buffer.cast("B")
         self.on_done = on_done
         self.filling = filling
-        self.start = filling.size if filling is not None else 0
         self.end = len(self.buffer)
         self.error: str | None = None
         self._posted = 0
@@ -67,29 +61,29 @@ class Receive:
         """Retire chunks that are here, post receives for others; say whether any was retired."""
         chunks, moved = self._chunks, False
         while chunks and chunks[0][0].Test():
-            _, end = chunks.popleft()
+            _, size = chunks.popleft()
             moved = True
             if self.filling is not None:
-                self.filling.size = self.start + end
+                self.filling.size += size
         while len(chunks) < CHUNKS_IN_FLIGHT and self._posted < self.end:
             chunk = self.buffer[self._posted : self._posted + CHUNK_SIZE]
             request = comm.Irecv((chunk, MPI.BYTE), self.peer, self.tag)
             self._posted += len(chunk)
-            chunks.append((request, self._posted))
+            chunks.append((request, len(chunk)))
         return moved
 
     @property
     def is_done(self) -> bool:
-        return not self._chunks and self._posted == self.end
+        return not self._chunks and self._posted >= self.end
 
     def shorten(self, size: int, error: str) -> None:
-        """No more than `size` bytes will come: take back the receives of the rest."""
+        """No more than `size` bytes will come: take back the receives of the rest. Of a sender that died more may be here."""
         self.error = error
         self.end = min(size, self.end)
-        while self._chunks and self._chunks[-1][1] > self.end:
-            request, end = self._chunks.pop()
+        while self._chunks and self._posted > self.end:
+            request, posted = self._chunks.pop()
             cancel(request)
-            self._posted = end - CHUNK_SIZE if end % CHUNK_SIZE == 0 else end - end % CHUNK_SIZE
+            self._posted -= posted
 
     def abandon(self) -> list[MPI.Request]:
         """Forget the receives; what is posted is the caller's."""
@@ -199,32 +193,12 @@ class Bulk:
         self._outgoing: dict[int, Outgoing] = {}
         self._order: deque[Receive | Outgoing] = deque()
         """What `progress` looks at, in turn."""
-        self._tags_made: dict[int, int] = {}
-        self._tags_free: dict[int, deque[int]] = {}
         self.last_moved = 0.0
         """When a chunk was last sent or received."""
 
     @property
     def is_active(self) -> bool:
         return bool(self._order)
-
-    # ------------------------------------------------------------------------------------------------------------- tags
-    def new_tag(self, peer: int) -> int:
-        """A tag for a transfer from this peer. Freed when the transfer is done.
-
-        Raises:
-            RuntimeError: Thousands of transfers from this peer are under way.
-        """
-        if free := self._tags_free.get(peer):
-            return free.popleft()
-        made = self._tags_made.get(peer, 0)
-        if made == MOST_TAGS:
-            raise RuntimeError(f"{MOST_TAGS} transfers from rank {peer} are under way")
-        self._tags_made[peer] = made + 1
-        return FIRST_TAG + made
-
-    def free_tag(self, peer: int, tag: int) -> None:
-        self._tags_free.setdefault(peer, deque()).append(tag)
 
     # -------------------------------------------------------------------------------------------------------- beginning
     def receive(self, receive: Receive) -> None:
@@ -305,7 +279,8 @@ class Bulk:
         return moved
 
     def _finish_sends(self, outgoing: Outgoing) -> None:
-        for send in [send for send in outgoing.sends if send.is_done]:
+        # One at a time: what follows from the end of one may begin another to this peer, and end others inside this loop.
+        while (send := next((send for send in outgoing.sends if send.is_done), None)) is not None:
             self._drop(outgoing, send)
             send.on_done(send.error)
 
@@ -329,7 +304,8 @@ class Bulk:
             item.error = item.error or error
             self._end(item)
             return
-        for send in list(item.sends):
+        while item.sends:
+            send = item.sends[0]
             item.abandon(send)
             self._drop(item, send)
             send.on_done(error)

@@ -24,8 +24,9 @@ mpi4py.rc.finalize = False
 from mpi4py import MPI  # noqa: E402
 
 from hpcray.transport.bells import AsleepFlag, Bells  # noqa: E402
-from hpcray.transport.bulk import FIRST_TAG, Bulk, Filling, OnDone, Receive, Send, cancel  # noqa: E402
+from hpcray.transport.bulk import Bulk, Filling, OnDone, Receive, Send, cancel  # noqa: E402
 from hpcray.transport.frames import Frames, OnFrame  # noqa: E402
+from hpcray.transport.tags import FIRST_TAG, Tags  # noqa: E402
 
 if TYPE_CHECKING:
     from hpcray.transport.doorbell import Doorbell
@@ -70,6 +71,7 @@ class MpiTransport:
         self._arena = arena
         self._bells = Bells(doorbell, same_host)
         self._bulk = Bulk(comm)
+        self._tags = Tags()
         self._frames = Frames(comm, self._bells, self._bulk, on_frame)
         self._has_far_peers = len(same_host) < comm.Get_size() - 1
 
@@ -115,7 +117,7 @@ class MpiTransport:
         Raises:
             RuntimeError: Thousands of transfers from this peer are under way.
         """
-        return self._bulk.new_tag(peer)
+        return self._tags.new(peer)
 
     def receive_into(
         self, peer: int, tag: int, buffer: memoryview, on_done: OnDone, filling: Filling | None = None
@@ -127,7 +129,7 @@ class MpiTransport:
         """
 
         def received(error: str | None) -> None:
-            self._bulk.free_tag(peer, tag)
+            self._tags.free(peer, tag)
             on_done(error)
 
         self._bulk.receive(Receive(peer, tag, buffer, received, filling))

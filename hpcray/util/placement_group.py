@@ -136,7 +136,8 @@ def placement_group(
         bundle_label_selector: Per bundle, what its node's labels must be.
 
     Raises:
-        ValueError: A wrong bundle, strategy or lifetime, or a name that is taken.
+        ValueError: A wrong bundle, strategy or lifetime.
+        RaySystemError: The name is taken.
         TypeError: The name is no string.
     """
     shapes = _check_bundles(bundles)
@@ -149,11 +150,13 @@ def placement_group(
     selectors = bundle_label_selector or []
     if selectors and len(selectors) != len(bundles):
         raise ValueError(f"bundle_label_selector has {len(selectors)} entries for {len(bundles)} bundles")
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a placement group must be a string, not {name!r}")
+    rules = [label_rules(selector) for selector in selectors]
     client = require_client()
     identifier = os.urandom(_ID_SIZE)
     if name:
         client.query("claim_group_name", [client.namespace, name, identifier])
-    rules = [label_rules(selector) for selector in selectors]
     is_detached = lifetime == "detached"
     client.send(
         m.CreatePlacementGroup(
@@ -185,7 +188,14 @@ def _check_bundles(bundles: Any) -> list[Shape]:
 
 
 def remove_placement_group(placement_group: PlacementGroup) -> None:
-    """Give a group's bundles back. Tasks that run in it are killed, and fail as those that wait do; actors in it end."""
+    """Give a group's bundles back. Does not wait. Removing a group that is gone does nothing.
+
+    Workers in it are killed. Tasks without a retry left that ran there raise WorkerCrashedError, the others and those that
+    waited TaskPlacementGroupRemoved; calls to actors there raise ActorDiedError.
+
+    Raises:
+        ValueError: None instead of a group.
+    """
     if placement_group is None:
         raise ValueError("remove_placement_group needs a placement group, not None")
     require_client().send(m.RemovePlacementGroup(placement_group.id.binary()))

@@ -28,6 +28,8 @@ COMMANDS: dict[str, list[str]] = {
     "transfer": ["mpirun", "4", "bench_transfer.py"],
     "scheduling": ["bench_scheduling.py"],
     "policies": ["bench_policies.py"],
+    "placement-groups-1": [*JOB, "bench_placement_groups.py"],
+    "placement-groups-8": [*JOB, "-n", "8", "bench_placement_groups.py"],
 }
 """What follows `python`, all but `--quick`."""
 MORE_COMMANDS: dict[str, list[str]] = {

@@ -1,7 +1,8 @@
 """Tasks whose arguments press for room, on random clusters in random order: nobody waits for ever, or for a time limit.
 
 refs = [put(array) for _ in range(12)]                          # a store has room for seven
-get([f.remote(*refs[i : i + 4]) for i in range(12)])            # more than half a store for each task
+for ref in [f.remote(*refs[i : i + 4]) for i in range(12)]:     # more than half a store for each task
+    get(ref)                                                    # nothing, or an array
 """
 
 from __future__ import annotations
@@ -49,13 +50,15 @@ def run_once(machines: list[str], random: Random) -> None:
             cluster.deliver(random.choice(links))
             cluster.check()
         elif running:
-            random.choice(running).finish()
+            random.choice(running).finish(size=SIZE, large=random.random() < 0.5)
         else:
             cluster.advance(1.0)
-    driver.get(returns)
-    cluster.run(random.choice)
-    assert driver.values.keys() >= set(returns)
-    assert not driver.errors
+    for identifier in returns:
+        driver.get([identifier])
+        cluster.run(random.choice)
+        assert identifier in driver.values
+        assert not driver.errors
+        driver.release([identifier])
     for process in cluster.processes:
         process.release(list(process.held))
     cluster.run(random.choice)

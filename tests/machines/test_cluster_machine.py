@@ -2,7 +2,7 @@
 
 `Program.judge` runs after every step: the cores agree with themselves, memory that is looked at does not change, and no get
 is answered with an error that nothing explains. `Program.finish` brings each program to its end: every get is answered, and
-when all references are gone, no object, task, call, actor, lease or block is left.
+when all references and groups are gone, no object, task, call, actor, bundle, lease or block is left.
 """
 
 from __future__ import annotations
@@ -72,6 +72,18 @@ class ClusterMachine(RuleBasedStateMachine):
     @rule(seed=seeds, restarts=st.integers(0, 1))
     def create_actor(self, seed: int, restarts: int) -> None:
         self.seeded(seed).create_actor(restarts=restarts)
+
+    @rule(seed=seeds, strategy=st.sampled_from(["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]))
+    def create_group(self, seed: int, strategy: str) -> None:
+        self.seeded(seed).create_group(strategy)
+
+    @rule(seed=seeds)
+    def await_group(self, seed: int) -> None:
+        self.seeded(seed).await_group()
+
+    @rule(seed=seeds)
+    def remove_group(self, seed: int) -> None:
+        self.seeded(seed).remove_group()
 
     @rule(seed=seeds, num_returns=st.integers(1, 2))
     def call(self, seed: int, num_returns: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -10,7 +10,8 @@ import pytest
 from mpi4py import MPI  # noqa: F401
 
 from hpcray.store.pulls import Filling
-from hpcray.transport.bulk import CHUNK_SIZE, CHUNKS_IN_FLIGHT
+from hpcray.transport.bulk import CHUNK_SIZE, CHUNKS_IN_FLIGHT, Bulk, Receive, Send
+from hpcray.transport.frames import Frames
 
 from .test_transport import Rank, rank  # noqa: F401
 
@@ -163,3 +164,68 @@ def test_many_transfers_in_both_directions_all_arrive_whole(two):
     run(two, lambda: two.me > 1 or len(done) == 2 * count)
     assert done == [None] * len(done)
     assert two.me > 1 or all(data == pattern(len(data)) for data in came)
+
+
+# ----------------------------------------------------------------------------------- in an order that real ranks seldom take
+class Comm:
+    """An MPI in which nothing has left or come before the test says so, and then all has."""
+
+    is_through = False
+
+    def Get_rank(self) -> int:  # noqa: N802
+        return 0
+
+    def Get_size(self) -> int:  # noqa: N802
+        return 2
+
+    def Isend(self, *_: Any) -> Request:  # noqa: N802
+        return Request(self)
+
+    Recv_init = Irecv = Isend
+
+
+class Request:
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
+
+    def Test(self) -> bool:  # noqa: N802
+        return self.comm.is_through
+
+    def Start(self) -> None:  # noqa: N802
+        pass
+
+    Cancel = Wait = Free = Start
+
+
+class Bells:
+    def wake(self, peer: int) -> None:
+        pass
+
+
+def test_a_large_frame_that_follows_another_may_leave_together_with_a_transfer():
+    comm: Any = Comm()
+    bulk = Bulk(comm)
+    frames = Frames(comm, Bells(), bulk, lambda *_: None)
+    done: list[str | None] = []
+    bulk.send(Send(1, 20, memoryview(bytes(1000)), done.append, 0, None, 0))
+    for _ in range(2):
+        frames.send(1, bytes(100_000))
+    comm.is_through = True
+    bulk.progress()
+    assert done == [None]
+    while bulk.is_active:
+        bulk.progress()
+    assert not frames._peers[1].large_out
+
+
+def test_what_has_come_of_a_transfer_whose_sender_died_does_not_keep_it_waiting():
+    comm: Any = Comm()
+    bulk = Bulk(comm)
+    done: list[str | None] = []
+    bulk.receive(Receive(1, 20, memoryview(bytearray(SIZE)), done.append))
+    comm.is_through = True
+    bulk.progress()
+    assert not done
+    bulk.end_receive(1, 20, 0, "it died")
+    assert done == ["it died"]
+    assert not bulk.is_active

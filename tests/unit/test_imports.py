@@ -27,7 +27,8 @@ CORES = {
     "raylet/lanes.py", "raylet/groups.py", "raylet/clients.py", "raylet/surveys.py", "raylet/dependencies.py",
     "raylet/queues.py", "raylet/binding.py",
     "raylet/sharing.py", "raylet/explaining.py", "observe/statistics.py", "observe/findings.py",
-    "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py", "gcs/views.py", "gcs/groups.py", "gcs/policies.py", "gcs/packing.py",
+    "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py", "gcs/views.py", "gcs/groups.py", "gcs/policies.py",
+    "gcs/patience.py", "gcs/packing.py", "raylet/feasibility.py",
 }  # fmt: skip
 IMPURE = {
     "os", "socket", "time", "threading", "selectors", "select", "signal", "subprocess", "multiprocessing", "asyncio",

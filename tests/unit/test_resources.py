@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcray.resources import UNIT, as_floats, shape_of, slots, to_fixed, to_float
+from hpcray.resources import UNIT, as_floats, choose_units, shape_of, slots, to_fixed, to_float
 
 
 def test_ten_tenths_are_one():
@@ -55,3 +55,18 @@ def test_slots_are_counted_by_the_scarcest(available, shape, expected):
 
 def test_what_needs_nothing_fits_without_limit():
     assert slots({}, {}) > 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("free", "amount", "fitting", "chosen"),
+    [
+        ([UNIT, 3000, 5000], 3000, 5, {1: 3000}),
+        ([UNIT, UNIT, 5000], UNIT, 2, {0: UNIT}),
+        ([UNIT, UNIT, UNIT], 2 * UNIT, 1, {0: UNIT, 1: UNIT}),
+        ([UNIT, UNIT, UNIT], 15_000, 1, {0: UNIT, 1: UNIT}),
+    ],
+)
+def test_of_units_the_fullest_is_shared_and_more_than_one_is_whole_ones(free, amount, fitting, chosen):
+    units = dict(enumerate(free))
+    assert slots({}, {"GPU": amount}, {"GPU": units}) == fitting
+    assert choose_units(units, amount) == chosen

@@ -98,7 +98,7 @@ def test_every_message_between_ranks_has_exactly_one_handler():
     node = Cluster([1, 1]).ranks[0]
     assert node.gcs is not None
     of_raylet, of_gcs = set(node.core._from_peer), set(node.gcs._handlers)
-    at_the_shell = {m.LogLines, m.Shutdown}
+    at_the_shell = {m.Shutdown}
     assert of_raylet | of_gcs | at_the_shell == set(typing.get_args(m.PeerMessage))
     assert not of_raylet & of_gcs
     assert not (of_raylet | of_gcs) & at_the_shell

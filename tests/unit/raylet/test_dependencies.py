@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hpcray import ids, payload
 from hpcray.protocol import messages as m
 from hpcray.raylet.clients import Work
+from hpcray.raylet.dependencies import Claims
 from hpcray.resources import UNIT
 from hpcray.testing.cluster import Cluster
 from hpcray.testing.process import Process
@@ -55,6 +57,19 @@ def release_all(cluster: Cluster) -> None:
         process.release(list(process.held))
     cluster.run()
     assert cluster.leftovers() == []
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_bundles_may_believe_an_object_to_have_different_sizes(order):
+    bundles = [{b"x": 5000, b"y": 10}, {b"x": 100}]
+    claims = Claims()
+    claims.add(bundles[0])
+    assert claims.added(bundles[1]) == 0
+    claims.add(bundles[1])
+    assert claims.size == 5010
+    for index in order:
+        claims.remove(bundles[index])
+    assert claims.size == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -142,6 +157,148 @@ def test_a_prefetched_argument_that_made_room_for_something_else_is_fetched_agai
     cluster.run()
     assert here.block is None  # it made room
     assert core.pool.arguments.count_missing(template) + len(core.pool.ready.get(template, ())) == 1
+
+
+def spilled_puts(cluster: Cluster, process: Process, *sizes: int) -> list[bytes]:
+    """Objects that do not fit into the driver's store together, put one after the other."""
+    refs = []
+    for size in sizes:
+        refs.append(put(cluster, process, size))
+        for _ in range(3):
+            cluster.advance(1.0)
+            cluster.run()
+    return refs
+
+
+def seconds_until(cluster: Cluster, is_over: Callable[[], bool]) -> int:
+    """How long nothing happens before it is over."""
+    for waited in range(100):
+        cluster.run()
+        if is_over():
+            return waited
+        cluster.advance(1.0)
+    raise AssertionError("it is never over")
+
+
+@pytest.mark.parametrize("later", [0, 10])
+def test_a_result_does_not_wait_behind_arguments_that_wait_for_its_task(later):
+    cluster, driver = two_hosts(2)
+    template = on_1(cluster, driver)
+    x, y = spilled_puts(cluster, driver, 8000, 10_000)
+    (first,) = driver.submit(template, [x])
+    cluster.run()
+    (worker,) = cluster.running
+    (second,) = driver.submit(template, [y])
+    cluster.run()
+    assert len(cluster.running) == 1
+    for _ in range(later):
+        cluster.advance(1.0)
+        cluster.run()
+    worker.finish(size=3000, large=True)
+    driver.watch([first])
+    assert seconds_until(cluster, lambda: first in driver.ready) == 0
+    finish_all(cluster)
+    driver.get([first, second])
+    cluster.run()
+    assert not driver.errors
+    release_all(cluster)
+
+
+def test_a_get_does_not_wait_behind_arguments_that_wait_for_its_task():
+    cluster, driver = two_hosts(2)
+    template = on_1(cluster, driver)
+    x, z, y = spilled_puts(cluster, driver, 8000, 3000, 10_000)
+    (first,) = driver.submit(template, [x], nested=[z])
+    cluster.run()
+    (worker,) = cluster.running
+    (second,) = driver.submit(template, [y])
+    cluster.run()
+    worker.get([z])
+    assert seconds_until(cluster, lambda: z in worker.values) == 0
+    finish_all(cluster)
+    driver.get([first, second])
+    cluster.run()
+    assert not driver.errors
+    release_all(cluster)
+
+
+def test_a_result_does_not_wait_for_ever_for_room_that_arguments_have_pinned():
+    # One of the second task's arguments is here, the other has no room before the first task ends, which needs some itself.
+    cluster, driver = two_hosts(2)
+    template = on_1(cluster, driver)
+    x, y, z = spilled_puts(cluster, driver, 4000, 7000, 6000)
+    (first,) = driver.submit(template, [x])
+    cluster.run()
+    (worker,) = cluster.running
+    (second,) = driver.submit(template, [y, z])
+    cluster.run()
+    assert len(cluster.running) == 1
+    worker.finish(size=8000, large=True)
+    driver.watch([first])
+    assert seconds_until(cluster, lambda: first in driver.ready) <= 2
+    assert seconds_until(cluster, lambda: bool(cluster.running)) <= 2
+    finish_all(cluster)
+    driver.get([first, second])
+    cluster.run()
+    assert not driver.errors
+    release_all(cluster)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_two_ranks_that_need_what_the_other_has_on_disk_do_not_wait_for_each_other_for_long(seed):
+    # Each has one argument of its task here, and has room for just one more: what comes, or what the other wants.
+    cluster, driver = two_hosts(1)
+    templates = [cluster.template(driver, f"f{rank}", node=rank) for rank in range(2)]
+    own: list[list[bytes]] = [[], []]
+    for _ in range(3):
+        own[0] += spilled_puts(cluster, driver, 7000)
+        own[1] += driver.submit(templates[1])
+        cluster.run()
+        cluster.worker_on(1).finish(size=7000, large=True)
+        for _ in range(3):
+            cluster.advance(1.0)
+            cluster.run()
+    refs = driver.submit(templates[1], [own[1][2], own[0][0]]) + driver.submit(templates[0], [own[0][2], own[1][0]])
+    order = Random(seed).choice
+    ran: list[bytes] = []
+    waited = 0
+    while len(ran) < len(refs):
+        ran += finish_all(cluster, order)
+        cluster.advance(1.0)
+        waited += 1
+    assert waited <= 5
+    driver.get(refs)
+    cluster.run()
+    assert not driver.errors
+    release_all(cluster)
+
+
+def test_an_argument_in_the_middle_of_the_memory_is_no_obstacle_to_the_others():
+    cluster, driver = two_hosts(1)
+    table = cluster.ranks[1].core.table
+    blocks: list[Any] = []
+    table.memory.reserve(b"before it", 5120, blocks.append)
+    x, y = spilled_puts(cluster, driver, 5000, 8000)
+    work = [bundle_of(cluster, ref, template) for ref, template in ((x, b"x"), (y, b"y"))]
+    work[1].dependencies[:0] = work[0].dependencies
+    dependencies = arguments(cluster)
+    told: list[Work] = []
+    assert not dependencies.add(work[0], lambda: told.append(work[0]))
+    dependencies.activate(lambda template: int(template == b"x"))
+    cluster.ranks[1].end_turn()
+    cluster.run()
+    assert told == [work[0]]
+    assert not dependencies.add(work[1], lambda: told.append(work[1]))
+    dependencies.activate(lambda template: int(template == b"y"))
+    cluster.ranks[1].end_turn()
+    table.memory.abandon(blocks[0])
+    assert table.entries[x].block.pins
+    assert table.memory.largest_free < 8000
+    assert seconds_until(cluster, lambda: told[-1] is work[1]) <= 2
+    for each in work:
+        dependencies.release(each)
+    cluster.ranks[1].end_turn()
+    release_all(cluster)
 
 
 def bundle_of(cluster: Cluster, identifier: bytes, template: bytes) -> Work:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hpcray import ids
-from hpcray.store.entry import Extent
+from hpcray.store.entry import GET, Extent
 from hpcray.store.memory import Block
 from hpcray.store.pulls import Done, Transfer
 from hpcray.store.table import ObjectTable
@@ -102,10 +102,10 @@ def fetch(table: ObjectTable, out: Out, identifier: bytes, size: int = 1024) -> 
     out.take()
 
 
-def ask(table: ObjectTable, size: int) -> list[Block | None]:
+def ask(table: ObjectTable, size: int, urgency: int = GET) -> list[Block | None]:
     """What a creator is told, once it is told."""
     told: list[Block | None] = []
-    table.memory.reserve(name(ME, 99), size, told.append)
+    table.memory.reserve(name(ME, 99), size, told.append, urgency=urgency)
     return told
 
 

@@ -7,8 +7,9 @@ import pytest
 from hpcray import payload
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import AWAY, GET, HERE, INLINE, PREFETCH, SPILLED, Extent
+from hpcray.store.entry import ARGUMENT, AWAY, GET, HERE, INLINE, PREFETCH, SPILLED, Extent
 from hpcray.store.memory import Block
+from hpcray.store.pulls import Done, Transfer
 from hpcray.store.spilling import LEAST_BATCH, RETRY_PAUSE
 from hpcray.store.table import ObjectTable
 from hpcray.testing.cluster import Cluster
@@ -170,6 +171,37 @@ def test_nobody_waits_behind_an_object_that_was_freed_before_there_was_room_to_r
     assert not out.reading
 
 
+def test_what_another_rank_wants_from_disk_is_read_back_and_sent_as_urgently_as_it_says_at_last():
+    cluster = Cluster([1, 1], arena_size=1 << 14)
+    driver = cluster.add_driver()
+    refs = []
+    for _ in range(3):
+        refs.append(driver.put(size=7000, large=True))
+        cluster.run()
+    home = cluster.ranks[0]
+    entry = home.core.table.entries[refs[0]]
+    assert entry.state == SPILLED
+    served: list[int] = []
+    serve = home.serve
+
+    def note(transfer: Transfer, done: Done) -> None:
+        served.append(transfer.urgency)
+        serve(transfer, done)
+
+    home.serve = note
+    table = cluster.ranks[1].core.table
+    table.references.add_guest(refs[0])
+    table.learn_copies(refs[0], entry.size, [0])
+    for urgency in (PREFETCH, GET):
+        table.when_local(refs[0], lambda _: None, urgency)
+        cluster.ranks[1].end_turn()
+        cluster.deliver(("rank", 1, 0))
+        assert entry.urgency == min(urgency, ARGUMENT)
+        assert not served
+    cluster.run()
+    assert served == [GET]
+
+
 def test_an_object_that_cannot_be_read_becomes_an_error_that_says_why(table, out):
     ids = fill(table)
     spill_all(table, out)
@@ -204,7 +236,7 @@ def test_a_primary_copy_of_an_object_homed_elsewhere_that_is_lost_is_reported_to
     x = name(FAR, 1)
     table.keep_primary(x, write(table, x))
     spill_all(table, out)
-    table.transfers.on_map(x, NEIGHBOUR)
+    table.transfers.on_map(x, NEIGHBOUR, GET)
     assert not out.take()
     out.reading[0][2]("the checksum does not match")
     (to_home, lost), (_, locate) = out.take()
@@ -413,7 +445,7 @@ def test_however_many_are_told_that_there_is_no_room_the_store_is_described_once
 def test_what_neighbours_only_map_is_called_back_when_there_is_nothing_to_spill(table, out):
     ids = fill(table)
     for i in ids:
-        table.transfers.on_map(i, NEIGHBOUR)
+        table.transfers.on_map(i, NEIGHBOUR, GET)
     out.take()
     told = ask(table, 1024)
     table.end_turn(0.0)
@@ -441,7 +473,7 @@ def test_a_mapping_that_is_called_back_ends_with_the_last_look(table, out):
     assert out.take() == [(NEIGHBOUR, m.UnmapObject(x))]
     assert state(table, x) == AWAY
     assert not table.when_local(x, lambda _: None)
-    assert out.take() == [(NEIGHBOUR, m.MapObject(x))]
+    assert out.take() == [(NEIGHBOUR, m.MapObject(x, GET))]
 
 
 def test_small_objects_share_a_file_and_large_demands_several_writers():

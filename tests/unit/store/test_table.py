@@ -12,8 +12,8 @@ from hpcray import ids, payload
 from hpcray.exceptions import InternalError
 from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
-from hpcray.store.entry import AWAY, GET, HERE, INLINE, MAPPED, SPILLED
-from hpcray.store.memory import Block
+from hpcray.store.entry import ARGUMENT, AWAY, GET, HERE, INLINE, MAPPED, SPILLED
+from hpcray.store.memory import STANDSTILL, Block
 from hpcray.store.table import ObjectTable
 from hpcray.testing.cluster import Cluster
 from hpcray.testing.process import Process
@@ -537,6 +537,28 @@ def test_who_asks_for_an_object_that_is_freed_before_it_exists_is_told_so(table,
     assert payload.describe_system_error(message.data)[0] == "ObjectLostError"
 
 
+def test_a_get_that_is_given_up_before_its_object_exists_leaves_nothing():
+    # try: get(x, timeout=1)  except GetTimeoutError: return         # in a task that was passed [x]
+    cluster = Cluster([1, 1])
+    driver = cluster.add_driver()
+    (x,) = driver.submit(on(cluster, driver, 0))
+    driver.submit(on(cluster, driver, 1), nested=[x])
+    driver.release([x])
+    cluster.run()
+    worker = cluster.worker_on(1)
+    worker.get([x])
+    cluster.run()
+    worker.stop_getting()
+    cluster.run()
+    worker.finish()
+    cluster.run()
+    cluster.worker_on(0).finish()
+    for process in cluster.processes:
+        process.release(list(process.held))
+    cluster.run()
+    assert cluster.leftovers() == []
+
+
 def test_the_home_says_so_when_it_is_asked_for_what_it_freed(table, out):
     table.on_locate(name(ME, 1), FAR)
     ((_, message),) = out.take()
@@ -658,7 +680,7 @@ def test_ranks_of_one_host_map_instead_of_transferring(table, out):
     told = []
     need(table, x, [FAR, NEIGHBOUR])
     table.when_local(x, lambda _: told.append(1))
-    assert out.take() == [(NEIGHBOUR, m.MapObject(x))]
+    assert out.take() == [(NEIGHBOUR, m.MapObject(x, GET))]
     table.transfers.pulls.on_mapped(m.ObjectMapped(x, 512, 1024), NEIGHBOUR)
     assert told == [1]
     assert out.take() == [(NEIGHBOUR, m.CopyAdded(x, mapped=True))]
@@ -688,7 +710,7 @@ def test_what_a_neighbour_maps_stays_until_it_unmaps_it(table, out):
     table.references.create(x)
     block = write(table, x)
     table.set_here(x, block, [])
-    table.transfers.on_map(x, NEIGHBOUR)
+    table.transfers.on_map(x, NEIGHBOUR, GET)
     assert out.take() == [(NEIGHBOUR, m.ObjectMapped(x, block.offset, 1024))]
     table.transfers.on_copy_added(m.CopyAdded(x, mapped=True), NEIGHBOUR)
     table.references.drop(x)
@@ -701,7 +723,7 @@ def test_what_a_neighbour_maps_stays_until_it_unmaps_it(table, out):
 def test_what_is_not_here_can_be_neither_pulled_nor_mapped(table, out):
     x = name(ME, 1)
     table.transfers.on_pull(m.Pull(x, 5, GET, -1, 0), FAR)
-    table.transfers.on_map(x, NEIGHBOUR)
+    table.transfers.on_map(x, NEIGHBOUR, GET)
     assert out.take() == [(FAR, m.PullFailed(x, 5, 0)), (NEIGHBOUR, m.PullFailed(x, 0, 0))]
 
 
@@ -792,22 +814,71 @@ def test_a_small_request_waits_behind_a_large_one(table):
     assert len(small) == 1
 
 
-def test_when_the_time_of_a_large_request_is_over_those_behind_it_are_served(table):
-    x = name(ME, 1)
-    table.references.create(x)
-    table.set_here(x, write(table, x, 1024), [])
-    pinned = table.entries[x].block
-    assert pinned is not None
-    table.memory.pin(pinned)
+def test_what_is_waited_for_does_not_wait_behind_what_has_to_run_later(table):
+    half = [write(table, name(ME, n), SIZE // 2) for n in range(2)]
+    argument, got = ask(table, SIZE // 2, ARGUMENT), ask(table, SIZE // 2, GET)
+    table.memory.abandon(half[0])
+    assert (len(argument), len(got)) == (0, 1)
+    assert ask(table, SIZE, GET) == []
+    table.memory.abandon(half[1])
+    assert argument == []  # the second get is not served yet, and goes first, too
+    table.memory.hasten(name(ME, 99), GET)
+    table.memory.abandon(got[0])
+    assert argument == []
+
+
+def test_one_that_becomes_urgent_is_served_before_what_is_less_so(table):
+    block = write(table, name(ME, 1), SIZE)
+    large = ask(table, SIZE, ARGUMENT)
+    told: list[Block | None] = []
+    table.memory.reserve(name(ME, 2), 64, told.append, urgency=ARGUMENT)
+    table.memory.hasten(name(ME, 2), GET)
+    table.memory.abandon(block)
+    assert (len(large), len(told)) == (0, 1)
+
+
+def test_when_nothing_comes_free_for_a_large_request_those_that_fit_are_served(table):
+    write(table, name(ME, 1), 1024)
     large = ask(table, SIZE)
     table.end_turn(0.0)
-    small = ask(table, 64)
-    table.end_turn(1.0)
+    others = [ask(table, size) for size in (64, SIZE - 64, 128)]
+    table.end_turn(STANDSTILL / 2)
+    assert others == [[], [], []]
+    assert table.pressure.next_expiry == STANDSTILL
+    table.end_turn(STANDSTILL)
+    assert [len(told) for told in others] == [1, 0, 1]
     assert table.pressure.next_expiry == PATIENCE
     table.end_turn(PATIENCE)
     assert large == [None]
-    assert len(small) == 1
-    assert small[0] is not None
+
+
+def test_as_long_as_more_comes_free_the_first_is_not_overtaken(table):
+    blocks = [write(table, name(ME, n), SIZE // 8) for n in range(8)]
+    ask(table, SIZE)
+    small = ask(table, 64)
+    table.end_turn(0.0)
+    for number, block in enumerate(blocks[:-1], 1):
+        table.memory.abandon(block)
+        table.end_turn(number * 0.9 * STANDSTILL)
+    assert small == []
+
+
+def test_what_those_who_overtake_give_back_is_no_hope_for_the_first(table):
+    write(table, name(ME, 1), 1024)
+    large = ask(table, SIZE)
+    table.end_turn(0.0)
+    now = 0.0
+    served = 0
+    while not large:
+        now += 0.5
+        small = ask(table, 64)
+        table.end_turn(now)
+        if small and small[0] is not None:
+            served += 1
+            table.memory.abandon(small[0])
+    assert large == [None]
+    assert now == PATIENCE
+    assert served > PATIENCE
 
 
 def test_nobody_waits_behind_a_request_of_a_client_that_has_died():

@@ -13,11 +13,12 @@ from hpcray.protocol import messages as m
 from hpcray.store.allocator import Allocator
 from hpcray.store.entry import ARGUMENT, GET, HERE, MAPPED, PREFETCH
 from hpcray.store.memory import Block
-from hpcray.store.pulls import Done, Transfer
+from hpcray.store.pulls import MOST, Done, Transfer
 from hpcray.store.table import ObjectTable
 from hpcray.store.transfers import FANOUT
 from hpcray.testing.bulk import CHUNK
 from hpcray.testing.cluster import Cluster
+from hpcray.transport.tags import MOST_TAGS
 
 ME, NEIGHBOUR, FAR, FARTHER, FARTHEST = range(5)
 SIZE = 1024
@@ -205,8 +206,8 @@ def test_a_pull_under_way_is_hastened_where_it_is_served(table, out):
     need(table, x, [FAR], PREFETCH)
     ((_, pull),) = out.take()
     need(table, x, [FAR], GET)
-    assert out.take() == [(FAR, m.HastenPull(pull.tag, GET))]
-    table.transfers.on_hasten(m.HastenPull(5, GET), FARTHER)
+    assert out.take() == [(FAR, m.HastenPull(x, pull.tag, GET))]
+    table.transfers.on_hasten(m.HastenPull(x, 5, GET), FARTHER)
     assert out.hastened == [(FARTHER, 5, GET)]
 
 
@@ -232,6 +233,27 @@ def test_a_prefetch_has_nothing_evicted_and_a_get_does(table, out):
     assert not pulled(out)
     need(table, name(FAR, 21), [FAR], GET)
     assert pulled(out) == [name(FAR, 21)]
+
+
+def test_many_small_objects_are_not_all_on_their_way_at_once(out):
+    # or a `get` of some thousand objects would need more tags than there are
+    table = ObjectTable(ME, Allocator(0, 1 << 24), out, patience=10.0)
+    urgencies = (PREFETCH, ARGUMENT, GET)
+    for number, urgency in enumerate(urgencies):
+        for n in range(MOST + 10):
+            x = name(FAR, 1000 * number + n)
+            table.references.add_guest(x)
+            table.learn_copies(x, 64, [FAR])
+            table.when_local(x, lambda _: None, urgency)
+        assert len(out.receiving) == MOST * (number + 1)
+    assert len(out.receiving) < MOST_TAGS
+    table.check()
+    arrived = 0
+    while out.receiving:
+        out.arrive(next(transfer.block.id for transfer, _ in out.receiving.values()))
+        arrived += 1
+    assert arrived == (MOST + 10) * len(urgencies)
+    table.check()
 
 
 # ---------------------------------------------------------------------------------------------------------- where it is from
@@ -313,7 +335,7 @@ def test_what_is_told_to_map_a_neighbours_copy_waits_for_it_there(table, out):
     told = need(table, x, [FAR], GET)
     ((_, pull),) = out.take()
     table.transfers.pulls.on_redirected(m.PullFrom(x, pull.tag, NEIGHBOUR), FAR)
-    assert out.take() == [(NEIGHBOUR, m.MapObject(x))]
+    assert out.take() == [(NEIGHBOUR, m.MapObject(x, GET))]
     assert table.memory.in_use == 0
     table.transfers.pulls.on_mapped(m.ObjectMapped(x, 64, SIZE), NEIGHBOUR)
     assert told == [None]
@@ -324,7 +346,7 @@ def test_a_neighbour_maps_what_is_still_arriving_once_it_is_here(table, out):
     x = name(FAR, 1)
     need(table, x, [FAR], GET)
     out.take()
-    table.transfers.on_map(x, NEIGHBOUR)
+    table.transfers.on_map(x, NEIGHBOUR, GET)
     assert not out.take()
     out.arrive(x)
     answers = [message for rank, message in out.take() if rank == NEIGHBOUR]
@@ -335,7 +357,7 @@ def test_a_neighbour_maps_what_is_still_arriving_once_it_is_here(table, out):
 def test_a_neighbour_is_refused_when_what_it_waits_for_fails(table, out):
     x = name(FARTHER, 1)
     need(table, x, [FAR], GET)
-    table.transfers.on_map(x, NEIGHBOUR)
+    table.transfers.on_map(x, NEIGHBOUR, GET)
     out.take()
     out.arrive(x, "gone")
     assert out.take() == [(NEIGHBOUR, m.PullFailed(x, 0, 0)), (FARTHER, m.Locate(x))]
@@ -352,6 +374,39 @@ def test_who_is_named_by_the_source_serves_behind_its_own_reception(table, out):
     out.arrive(x)
     out.left(FARTHER, 7)
     assert table.entries[x].block.pins == 0
+
+
+def test_what_somebody_waits_for_behind_our_own_reception_is_received_as_urgently(table, out):
+    x = name(FAR, 1)
+    need(table, x, [FAR], PREFETCH)
+    ((_, pull),) = out.take()
+    table.transfers.on_pull(m.Pull(x, 7, ARGUMENT, FAR, 0), FARTHER)
+    assert out.take() == [(FAR, m.HastenPull(x, pull.tag, ARGUMENT))]
+    table.transfers.on_hasten(m.HastenPull(x, 7, GET), FARTHER)
+    assert out.take() == [(FAR, m.HastenPull(x, pull.tag, GET))]
+    assert out.hastened == [(FARTHER, 7, GET)]
+    out.arrive(x)
+    out.left(FARTHER, 7)
+
+
+def test_what_a_neighbour_waits_to_map_is_received_as_urgently(table, out):
+    x = name(FAR, 1)
+    need(table, x, [FAR], PREFETCH)
+    ((_, pull),) = out.take()
+    table.transfers.on_map(x, NEIGHBOUR, ARGUMENT)
+    table.transfers.on_hasten(m.HastenPull(x, 0, GET), NEIGHBOUR)
+    assert [message.urgency for _, message in out.take()] == [ARGUMENT, GET]
+    assert pull.urgency == PREFETCH
+    assert not out.hastened
+    out.arrive(x)
+    table.transfers.on_unmap(x, NEIGHBOUR)
+
+
+def test_a_mapping_that_is_waited_for_is_hastened_where_it_is_made(table, out):
+    x = name(FAR, 1)
+    need(table, x, [NEIGHBOUR], PREFETCH)
+    need(table, x, [NEIGHBOUR], GET)
+    assert out.take() == [(NEIGHBOUR, m.MapObject(x, PREFETCH)), (NEIGHBOUR, m.HastenPull(x, 0, GET))]
 
 
 def test_nobody_else_is_served_before_the_object_is_here(table, out):
@@ -404,7 +459,7 @@ def test_under_pressure_all_that_neighbours_map_is_asked_back(table, out):
     # Some of it may be looked at for just what waits for room here: that does not come before the rest has.
     for n in range(3):
         put(table, name(ME, n))
-        table.transfers.on_map(name(ME, n), NEIGHBOUR)
+        table.transfers.on_map(name(ME, n), NEIGHBOUR, GET)
     out.take()
     table.transfers.recall()
     table.transfers.recall()
@@ -436,7 +491,7 @@ def test_a_dead_rank_keeps_nothing_pinned(table, out):
     x = name(ME, 1)
     block = put(table, x)
     ask(table, x, FAR)
-    table.transfers.on_map(x, NEIGHBOUR)
+    table.transfers.on_map(x, NEIGHBOUR, GET)
     assert block.pins == 2
     table.transfers.on_rank_lost(FAR)
     table.transfers.on_rank_lost(NEIGHBOUR)
