@@ -305,6 +305,7 @@ def test_calls_one_at_a_time_see_their_gpus_too(hpcray, look, actor):
     assert len({tuple(hpcray.get(one.look.remote()).ids) for _ in range(5)}) == 1
 
 
+@pytest.mark.beyond_ray("there it may, with its memory on the GPU")
 def test_a_process_that_has_had_gpus_serves_nobody_else(hpcray, look):
     # CUDA keeps its memory and its choice of GPUs for as long as the process lives.
     with_gpu = hpcray.get(look.options(num_gpus=1).remote()).pid
