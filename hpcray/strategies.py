@@ -12,6 +12,7 @@ from hpcray.labels import label_rules
 from hpcray.protocol.messages import NO_NODE, LabelRule
 from hpcray.resources import Shape, as_floats, shape_of
 from hpcray.runtime_context import Surroundings
+from hpcray.util.placement_group import PlacementGroup, PlacementGroupID
 from hpcray.util.scheduling_strategies import (
     Exists,
     In,
@@ -132,7 +133,9 @@ def _group_fields(
     if not isinstance(index, int):
         raise TypeError(f"the index of a bundle must be an integer, not {index!r}")
     if group == "default" and captures and caller.group:
-        return {"group": caller.group, "bundle": index, "captures": True}
+        group = PlacementGroup(PlacementGroupID(caller.group))
+        if not group.bundle_specs:  # removed so long ago that nothing is known of it: the call fails for that
+            return {"group": caller.group, "bundle": index, "captures": True}
     if group in ("default", None) or getattr(group, "is_empty", False):
         if index != -1:
             raise ValueError(f"without a placement group the index of its bundle must be -1, not {index}")

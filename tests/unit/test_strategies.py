@@ -199,6 +199,13 @@ def test_an_actor_needs_a_cpu_to_be_created_unless_it_says_otherwise():
     assert actor(num_gpus=1, num_cpus=0, **in_group(Group({"GPU": 1}))).group
 
 
+@pytest.fixture
+def nothing_known(monkeypatch):
+    """No job is asked for the bundles of a captured group."""
+    monkeypatch.setattr("hpcray.strategies.PlacementGroup.bundle_specs", [])
+
+
+@pytest.mark.usefixtures("nothing_known")
 def test_what_a_capturing_task_submits_runs_in_its_group_unless_told_otherwise():
     inside = Surroundings(b"mine", captures=True)
     inherited = task(inside)
@@ -213,6 +220,7 @@ def test_what_a_capturing_task_submits_runs_in_its_group_unless_told_otherwise()
 
 
 # ---------------------------------------------------------------------------------------------------------- older options
+@pytest.mark.usefixtures("nothing_known")
 def test_the_older_options_work_with_a_warning():
     with pytest.warns(DeprecationWarning, match="placement_group and placement_group_bundle_index: deprecated"):
         spec = task(placement_group=Group(), placement_group_bundle_index=1)
