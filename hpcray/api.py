@@ -96,7 +96,7 @@ def init(
 
     Args:
         address: None for the above, "local" to start a job here, "auto" or a job's address to attach to a
-            running one.
+            running one; in a script that `hpcray run` started, "auto" is its own job.
         num_cpus: CPUs of the job that is started here (default: what this process may use).
         num_gpus: GPUs likewise (default: what it sees).
         resources: Custom resources likewise.

@@ -109,6 +109,7 @@ _JOB_OPTIONS = [
     ),
     click.option("--log-dir", type=click.Path(file_okay=False), metavar="DIR", help="Keep the job's full logs here."),
     click.option("--log-to-driver/--no-log-to-driver", default=True, help="Show what workers print (default: yes)."),
+    click.option("--as-ray", is_flag=True, help="Let 'import ray' mean hpcray, in SCRIPT and its workers."),
     click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as under python -m."),
     click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT [ARGS]..."),
 ]
@@ -256,6 +257,13 @@ def _fail(message: str) -> NoReturn:
 def _job_options(command: tuple[str, ...], is_module: bool, **options: Any) -> JobOptions:
     if command and not is_module and not Path(command[0]).exists():
         raise click.UsageError(f"no such script: {command[0]}")
+    if options["as_ray"]:
+        if not command:
+            raise click.UsageError("--as-ray needs a script; drivers that attach call hpcray.as_ray() themselves")
+        if sys.flags.ignore_environment or sys.flags.no_site:
+            raise click.UsageError(
+                "--as-ray cannot reach a script under python -E, -I or -S: call hpcray.as_ray() in it"
+            )
     for name in ("resources", "labels"):
         options[name] = options[name] or {}
     script = None

@@ -62,6 +62,7 @@ class JobOptions:
         log_dir: Directory for the job's full logs; None keeps no files.
         log_to_driver: Whether what workers print appears at the driver.
         namespace: The driver's namespace for named actors.
+        as_ray: Whether `import ray` means hpcray in the script and its workers.
     """
 
     script: list[str] | None = None
@@ -75,6 +76,7 @@ class JobOptions:
     log_dir: str | None = None
     log_to_driver: bool = True
     namespace: str | None = None
+    as_ray: bool = False
 
 
 def job_arguments(options: JobOptions) -> list[str]:
@@ -95,6 +97,8 @@ def job_arguments(options: JobOptions) -> list[str]:
             arguments += [name, str(value)]
     if not options.log_to_driver:
         arguments.append("--no-log-to-driver")
+    if options.as_ray:
+        arguments.append("--as-ray")
     return arguments
 
 

@@ -131,6 +131,8 @@ class RegisterDriver(Message, tag=1):
     namespace: str
     cwd: str
     sys_path: list[str]
+    as_ray: bool
+    """Whether `import ray` means hpcray."""
     log_to_driver: bool
 
 
@@ -918,6 +920,8 @@ class JobConfig(msgspec.Struct):
     namespace: str
     cwd: str
     sys_path: list[str]
+    as_ray: bool
+    """Whether `import ray` means hpcray."""
 
 
 ClientMessage: TypeAlias = (
