@@ -81,7 +81,7 @@ class _Finder:
     def find_spec(self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None) -> Any:
         if name != "ray" and not name.startswith("ray."):
             return None
-        target = _target_of(name)
+        target = target_of(name)
         if target is None:
             # With a `name`, `from ray import …` would swallow this for a text of its own.
             raise NotInHpcrayError(_refusal(name))
@@ -119,7 +119,7 @@ class _Loader:
             if attribute not in _public_names(target):
                 raise NameNotInHpcrayError(_refusal(inner))
             value = getattr(target, attribute)
-            if isinstance(value, ModuleType) and _target_of(inner) == value.__name__:
+            if isinstance(value, ModuleType) and target_of(inner) == value.__name__:
                 value = importlib.import_module(inner)
             names[attribute] = value
             return value
@@ -142,7 +142,8 @@ def _public_names(module: ModuleType) -> set[str]:
     return {name for name in dir(module) if not name.startswith("_")}
 
 
-def _target_of(name: str) -> str | None:
+def target_of(name: str) -> str | None:
+    """The module of hpcray that stands in for this one of Ray's, if there is one."""
     if name in _MODULES:
         return _MODULES[name]
     if not name.startswith("ray.util.") or any(part.startswith("_") for part in name.split(".")):

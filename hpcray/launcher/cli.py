@@ -177,11 +177,17 @@ def _module(ranks: int | None, mpirun: str | None, **job: Any) -> NoReturn:
 
 
 @_cli.command("doctor")
-def _doctor() -> NoReturn:
+@click.option("--ray-api", is_flag=True, help="List Ray's public names instead, and which of them hpcray has.")
+def _doctor(*, ray_api: bool) -> NoReturn:
     """Say what hpcray finds here: MPI, hosts, CPUs, memory, GPUs, limits. Alone or under mpirun/srun.
 
     Exits with 1 if something will not work, else with 0.
     """
+    if ray_api:
+        from hpcray.launcher.ray_api import report
+
+        sys.exit(report())
+
     from hpcray.launcher import bootstrap, doctor
 
     sys.exit(bootstrap.run_doctor(doctor.report))
