@@ -54,7 +54,7 @@ def test_map_gives_a_list_in_order(pool):
 
 def test_starmap_unpacks_arguments(pool):
     assert pool.starmap(add, [(1, 2), (3, 4), (5,)]) == [3, 7, 5]
-    assert pool.starmap(add, zip([1, 2], [3, 4]), 1) == [4, 6]
+    assert pool.starmap(add, zip([1, 2], [3, 4], strict=True), 1) == [4, 6]
     assert pool.starmap_async(add, [(1, 2)]).get(30) == [3]
 
 
