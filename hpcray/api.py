@@ -32,7 +32,9 @@ from hpcray.worker.serialization import serialize
 
 _IGNORED_BY_INIT = frozenset(
     {"include_dashboard", "dashboard_host", "dashboard_port", "configure_logging", "logging_level",
-     "logging_format", "logging_config", "job_config", "runtime_env", "local_mode"}
+     "logging_format", "logging_config", "job_config", "runtime_env", "local_mode", "_driver_object_store_memory",
+     "_enable_object_reconstruction", "_memory", "_metrics_export_port", "_node_ip_address", "_node_name", "_plasma_directory",
+     "_redis_password", "_redis_username", "_system_config", "_temp_dir", "_tracing_startup_hook"}
 )  # fmt: skip
 """Parameters of Ray's `init` that have no meaning in an MPI job; programs that pass them run all the same."""
 MINIMUM_STORE = 16 << 20

@@ -20,6 +20,7 @@ RAY_VERSION = "2.60.0"
 
 _MODULES = {
     "ray": "hpcray",
+    "ray._raylet": "hpcray.object_ref",  # where `ObjectRef` says that it is from: libraries compare with it there
     "ray.actor": "hpcray.actor",
     "ray.cloudpickle": "cloudpickle",
     "ray.exceptions": "hpcray.exceptions",

@@ -94,7 +94,17 @@ def test_an_attribute_that_hpcray_lacks_is_an_attribute_error_that_names_it():
     assert getattr(ray, "serve", None) is None
 
 
-@pytest.mark.parametrize("name", ["_private", "_raylet"])
+def test_the_class_of_references_is_also_where_ray_has_it():
+    import ray
+    from ray._raylet import ObjectRef
+
+    assert ObjectRef is ray._raylet.ObjectRef is hpcray.ObjectRef
+    with pytest.raises(ImportError, match=r"ray\._raylet\.CoreWorker is private to Ray"):
+        from ray._raylet import CoreWorker  # noqa: F401
+    assert not hasattr(ray._raylet, "counted")
+
+
+@pytest.mark.parametrize("name", ["_private", "_common"])
 def test_what_is_private_to_ray_is_refused_as_such(name):
     import ray
 
