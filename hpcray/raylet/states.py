@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -54,7 +55,12 @@ def worker_id(client: Client) -> str:
 def job_id(core: RayletCore, definition: bytes) -> str:
     """The id under which users see the job of this configuration; empty where it has not been heard of."""
     blob = core.blobs.get(definition)
-    return "" if blob is None else msgspec.json.decode(blob, type=JobConfig).job
+    return "" if blob is None else _job_of(blob)
+
+
+@functools.lru_cache(maxsize=16)
+def _job_of(blob: bytes) -> str:
+    return msgspec.json.decode(blob, type=JobConfig).job
 
 
 # ------------------------------------------------------------------------------------------------------------------ tasks
