@@ -24,11 +24,12 @@ _ORIGINS = {
     "cluster_resources": "hpcray.api",
     "available_resources": "hpcray.api",
     "get_gpu_ids": "hpcray.api",
+    "as_ray": "hpcray.ray_alias",
     "method": "hpcray.actors.actor_class",
     "get_runtime_context": "hpcray.runtime_context",
     "ObjectRef": "hpcray.object_ref",
 }
-_MODULES = ("exceptions", "runtime_context", "runtime_env", "util")
+_MODULES = ("actor", "exceptions", "runtime_context", "runtime_env", "util")
 
 __all__ = [*_ORIGINS, "exceptions", "__version__"]
 
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
         wait as wait,
     )
     from hpcray.object_ref import ObjectRef as ObjectRef
+    from hpcray.ray_alias import as_ray as as_ray
     from hpcray.runtime_context import get_runtime_context as get_runtime_context
 
 

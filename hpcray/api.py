@@ -34,7 +34,9 @@ from hpcray.worker.serialization import serialize
 
 _IGNORED_BY_INIT = frozenset(
     {"include_dashboard", "dashboard_host", "dashboard_port", "configure_logging", "logging_level",
-     "logging_format", "logging_config", "job_config", "local_mode"}
+     "logging_format", "logging_config", "job_config", "local_mode", "_driver_object_store_memory",
+     "_enable_object_reconstruction", "_memory", "_metrics_export_port", "_node_ip_address", "_node_name", "_plasma_directory",
+     "_redis_password", "_redis_username", "_system_config", "_temp_dir", "_tracing_startup_hook"}
 )  # fmt: skip
 """Parameters of Ray's `init` that have no meaning in an MPI job; programs that pass them run all the same."""
 MINIMUM_STORE = 16 << 20
@@ -99,7 +101,7 @@ def init(
 
     Args:
         address: None for the above, "local" to start a job here, "auto" or a job's address to attach to a
-            running one.
+            running one; in a script that `hpcray run` started, "auto" is its own job.
         num_cpus: CPUs of the job that is started here (default: what this process may use).
         num_gpus: GPUs likewise (default: what it sees).
         resources: Custom resources likewise.

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 import hpcray
-from hpcray import ids, payload
+from hpcray import ids, payload, ray_alias
 from hpcray.environments.wanted import Environments
 from hpcray.exceptions import GetTimeoutError, RaySystemError
 from hpcray.lanes import CallerLanes
@@ -192,7 +192,10 @@ class Client:
             RuntimeError: The job runs another version of hpcray or Python.
         """
         python, cwd = platform.python_version(), str(Path.cwd())
-        self.send(m.RegisterDriver(hpcray.__version__, python, os.getpid(), namespace, cwd, sys_path, log_to_driver))
+        as_ray = ray_alias.is_installed()
+        self.send(
+            m.RegisterDriver(hpcray.__version__, python, os.getpid(), namespace, cwd, sys_path, as_ray, log_to_driver)
+        )
         self.wait_until(lambda: bool(self.prefix), None)
 
     # -------------------------------------------------------------------------------------------------------- sending

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from hpcray.client import Client
 
+__all__ = ["ObjectRef"]
 T = TypeVar("T")
 
 

@@ -46,6 +46,8 @@ _OF_ACTORS: dict[str, tuple[type, ...]] = {
     "get_if_exists": (bool,),
 }
 _OF_METHODS: dict[str, tuple[type, ...]] = {"num_returns": (int,), "name": (str,)}
+OPTIONS = {"functions": frozenset(_OF_TASKS), "actors": frozenset(_OF_ACTORS)}
+"""Names of options by what they are for."""
 
 
 def check_task_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,13 @@ class ActorRecord:
         self.error = b""
         self.watchers: set[int] = {home_of(message.actor)}
 
+    @property
+    def shown_state(self) -> str:
+        """The state under Ray's name."""
+        if self.state in (PENDING, STARTING):
+            return "RESTARTING" if self.incarnation > 1 else "PENDING_CREATION"
+        return self.state.upper()
+
 
 class Actors:
     """All actors of all jobs: pure."""
@@ -269,6 +276,10 @@ class Actors:
         return record
 
     # -------------------------------------------------------------------------------------------- explanations
+    def living(self) -> list[ActorRecord]:
+        """All actors that are not dead."""
+        return [record for record in self.records.values() if record.state != DEAD]
+
     def explain(self, asked: str) -> list[Finding]:
         """Actors of this name, class or id; of a class, those that are not dead."""
         findings = []

@@ -15,7 +15,7 @@ import msgspec
 
 from hpcray import payload
 from hpcray.gcs import policies
-from hpcray.gcs.actors import Actors
+from hpcray.gcs.actors import ActorRecord, Actors
 from hpcray.gcs.groups import Group, PlacementGroups
 from hpcray.gcs.patience import PATIENCE, Patience
 from hpcray.gcs.scheduling import Scheduler
@@ -147,6 +147,10 @@ class GcsCore:
     def explain(self, asked: str) -> list[Finding]:
         """Actors and placement groups of this name or id."""
         return self.actors.explain(asked) + self.groups.explain(asked)
+
+    def living_actors(self) -> list[ActorRecord]:
+        """All actors that are not dead."""
+        return self.actors.living()
 
     def why(self, template: bytes) -> str:
         """Why nothing of a class is given a place now, in lines for people; empty if it would be."""

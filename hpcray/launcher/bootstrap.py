@@ -27,7 +27,7 @@ import hpcray
 from hpcray import config as configuration
 from hpcray.launcher import attach, stdio
 from hpcray.launcher.connect import Connection, silence_interrupts
-from hpcray.launcher.environment import MPI_SETTINGS, scrub
+from hpcray.launcher.environment import MPI_SETTINGS, scrub, startup_path
 from hpcray.launcher.introductions import Introduction, introduce, make_nodes
 from hpcray.launcher.mpirun import STOP_SIGNAL
 from hpcray.launcher.options import JobOptions
@@ -309,7 +309,7 @@ def serve_job(options: JobOptions) -> NoReturn:
             _say_hello(server)
             if options.script is not None:
                 settings = {"namespace": options.namespace, "log_to_driver": options.log_to_driver}
-                server.spawn_driver(options.script, settings)
+                server.spawn_driver(options.script, settings, startup_path(os.environ) if options.as_ray else {})
             else:
                 _say_how_to_attach(server)
         code = rank.serve()

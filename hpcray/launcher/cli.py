@@ -117,6 +117,7 @@ _JOB_OPTIONS = [
         help="Fail what no node could ever run, rather than wait (default: wait, as Ray).",
     ),
     click.option("--log-to-driver/--no-log-to-driver", default=True, help="Show what workers print (default: yes)."),
+    click.option("--as-ray", is_flag=True, help="Let 'import ray' mean hpcray, in SCRIPT and its workers."),
     click.option("-m", "is_module", is_flag=True, help="SCRIPT is the name of a module, as under python -m."),
     click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT [ARGS]..."),
 ]
@@ -184,11 +185,17 @@ def _module(ranks: int | None, mpirun: str | None, **job: Any) -> NoReturn:
 
 
 @_cli.command("doctor")
-def _doctor() -> NoReturn:
+@click.option("--ray-api", is_flag=True, help="List Ray's public names instead, and which of them hpcray has.")
+def _doctor(*, ray_api: bool) -> NoReturn:
     """Say what hpcray finds here: MPI, hosts, CPUs, memory, GPUs, limits. Alone or under mpirun/srun.
 
     Exits with 1 if something will not work, else with 0.
     """
+    if ray_api:
+        from hpcray.launcher.ray_api import report
+
+        sys.exit(report())
+
     from hpcray.launcher import bootstrap, doctor
 
     sys.exit(bootstrap.run_doctor(doctor.report))
@@ -264,6 +271,13 @@ def _fail(message: str) -> NoReturn:
 def _job_options(command: tuple[str, ...], is_module: bool, **options: Any) -> JobOptions:
     if command and not is_module and not Path(command[0]).exists():
         raise click.UsageError(f"no such script: {command[0]}")
+    if options["as_ray"]:
+        if not command:
+            raise click.UsageError("--as-ray needs a script; drivers that attach call hpcray.as_ray() themselves")
+        if sys.flags.ignore_environment or sys.flags.no_site:
+            raise click.UsageError(
+                "--as-ray cannot reach a script under python -E, -I or -S: call hpcray.as_ray() in it"
+            )
     for name in ("resources", "labels"):
         options[name] = options[name] or {}
     script = None

@@ -76,17 +76,18 @@ def connect(wish: Wish) -> Connection:
         ValueError: A bad address, or an object store larger than the memory.
         LaunchError: The job cannot start as it was launched.
     """
+    # To a script that `hpcray run` started, the running job is its own.
+    if wish.address in (None, "auto") and (inherited := _inherited_socket()) is not None:
+        if wish.names_resources:
+            print(
+                "hpcray: this job's resources were given at its start; those in init() have no effect",
+                file=sys.stderr,
+            )
+        return inherited
     if wish.address not in (None, "local"):
         assert wish.address is not None
         return Connection(attach.connect(wish.address))
     if wish.address is None:
-        if (inherited := _inherited_socket()) is not None:
-            if wish.names_resources:
-                print(
-                    "hpcray: this job's resources were given at its start; those in init() have no effect",
-                    file=sys.stderr,
-                )
-            return inherited
         if start_on_ranks is not None:
             return start_on_ranks(wish.as_options())
         launch = detect_launch(os.environ)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Container, Mapping
+from pathlib import Path
 
 DRIVER_SOCKET = "HPCRAY_DRIVER"
 
@@ -79,6 +80,12 @@ def thread_limits(num_cpus: float, set_by_user: Container[str] = SET_AT_START) -
     if "OMP_NUM_THREADS" in set_by_user:
         return {}
     return {name: str(max(1, int(num_cpus))) for name in THREAD_VARIABLES if name not in set_by_user}
+
+
+def startup_path(env: Mapping[str, str]) -> dict[str, str]:
+    """The variable by which a script's Python runs `startup/sitecustomize.py` before the script."""
+    folder = str(Path(__file__).parent / "startup")
+    return {"PYTHONPATH": os.pathsep.join([folder, *filter(None, [env.get("PYTHONPATH")])])}
 
 
 def driver_socket_value(fd: int, inode: int) -> str:

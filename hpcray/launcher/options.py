@@ -64,6 +64,7 @@ class JobOptions:
         fail_infeasible: Whether tasks and actors fail that no node could ever run.
         log_to_driver: Whether what workers print appears at the driver.
         namespace: The driver's namespace for named actors.
+        as_ray: Whether `import ray` means hpcray in the script and its workers.
     """
 
     script: list[str] | None = None
@@ -79,6 +80,7 @@ class JobOptions:
     fail_infeasible: bool = False
     log_to_driver: bool = True
     namespace: str | None = None
+    as_ray: bool = False
 
 
 def job_arguments(options: JobOptions) -> list[str]:
@@ -103,6 +105,8 @@ def job_arguments(options: JobOptions) -> list[str]:
         arguments.append("--fail-infeasible")
     if not options.log_to_driver:
         arguments.append("--no-log-to-driver")
+    if options.as_ray:
+        arguments.append("--as-ray")
     return arguments
 
 

@@ -139,6 +139,8 @@ class RegisterDriver(Message, tag=1):
     namespace: str
     cwd: str
     sys_path: list[str]
+    as_ray: bool
+    """Whether `import ray` means hpcray."""
     log_to_driver: bool
 
 
@@ -977,6 +979,8 @@ class JobConfig(msgspec.Struct):
     namespace: str
     cwd: str
     sys_path: list[str]
+    as_ray: bool
+    """Whether `import ray` means hpcray."""
 
 
 ClientMessage: TypeAlias = (

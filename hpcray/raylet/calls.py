@@ -92,6 +92,10 @@ class Calls:
         if missing == 0:
             self._register(message)
 
+    def unregistered(self) -> list[m.CreateActor]:
+        """Actors that wait for arguments of their creation."""
+        return [self.created[actor] for actor in self._unregistered]
+
     def _unreferenced(self, actor: bytes) -> None:
         if actor in self._unregistered:
             name = self._out.template(self.created[actor].template).name

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hpcray import payload
 from hpcray.exceptions import InternalError
@@ -37,6 +37,7 @@ from hpcray.raylet.groups import Groups
 from hpcray.raylet.lanes import Key, Lanes
 from hpcray.raylet.ledger import Ledger
 from hpcray.raylet.pool import Pool
+from hpcray.raylet.states import Report, states
 from hpcray.raylet.surveys import TOPICS, Surveys
 from hpcray.raylet.tasks import Tasks
 from hpcray.resources import Shape, Units
@@ -45,6 +46,9 @@ from hpcray.store.entry import HERE, INLINE, MAPPED, SPILLED, Entry, Extent
 from hpcray.store.memory import Block
 from hpcray.store.pulls import Done, Transfer
 from hpcray.store.table import ObjectTable
+
+if TYPE_CHECKING:
+    from hpcray.gcs.actors import ActorRecord
 
 LOAD_DELAY = 0.01
 """Seconds by which the GCS may hear late that a raylet has less room than it said."""
@@ -85,6 +89,7 @@ class GcsHere(Protocol):
     def on_message(self, rank: int, message: m.PeerMessage) -> None: ...
     def end_turn(self, now: float) -> None: ...
     def explain(self, asked: str) -> list[Finding]: ...
+    def living_actors(self) -> list[ActorRecord]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -900,6 +905,10 @@ class RayletCore:
     def explain(self, asked: str) -> list[Finding]:
         """What is known here of something that a user asks about; on rank 0, the GCS's knowledge included."""
         return explain(self, asked) + (self.gcs.explain(asked) if self.gcs is not None else [])
+
+    def states(self, kind: str) -> list[Report]:
+        """What is known here of "tasks", "actors" or "workers"; on rank 0, the GCS's knowledge of actors included."""
+        return states(self, kind)
 
     def answer(self, client: int, answer: m.Answer) -> None:
         """Bring a client the answer to its query, if it still lives."""

@@ -14,7 +14,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -410,14 +410,16 @@ class RankServer:
                     raise InternalError(f"the fork server of rank {self.rank} died; its workers died with it")
 
     # ---------------------------------------------------------------------------------------------------------- drivers
-    def spawn_driver(self, argv: list[str], settings: dict[str, str | bool | None]) -> None:
+    def spawn_driver(
+        self, argv: list[str], settings: dict[str, str | bool | None], environment: Mapping[str, str]
+    ) -> None:
         """Start the script that this job is for; its exit is the job's end. `settings` are for its `init`."""
         ours, theirs = socket.socketpair()
         self.add_driver(ours, is_primary=True)
         self._forks.spawn_driver(
             DRIVER_TOKEN,
             argv,
-            {DRIVER_SETTINGS: json.dumps(settings)},
+            {DRIVER_SETTINGS: json.dumps(settings), **environment},
             str(Path.cwd()),
             theirs.fileno(),
             own_group=not self._has_terminal,
@@ -491,7 +493,7 @@ class RankServer:
         client.pid = message.pid
         client.namespace = message.namespace
         client.wants_logs = message.log_to_driver
-        config = m.JobConfig(job.hex(), message.namespace, message.cwd, message.sys_path)
+        config = m.JobConfig(job.hex(), message.namespace, message.cwd, message.sys_path, message.as_ray)
         blob = msgspec.json.encode(config)
         client.job = definition = content_id(blob)
         self.core.define(m.Define(definition, blob))

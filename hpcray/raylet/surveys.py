@@ -26,11 +26,12 @@ from hpcray.store.table import ObjectTable
 
 if TYPE_CHECKING:
     from hpcray.raylet.core import NodeInfo
+    from hpcray.raylet.states import Report
 
 _STATES = {PENDING: "pending", INLINE: "inline", MAPPED: "mapped", AWAY: "elsewhere", SPILLED: "spilled"}
 
-STATISTICS, OBJECTS, EXPLAIN = "store_statistics", "objects", "explain"
-TOPICS = (STATISTICS, OBJECTS, EXPLAIN)
+STATISTICS, OBJECTS, EXPLAIN, STATES = "store_statistics", "objects", "explain", "states"
+TOPICS = (STATISTICS, OBJECTS, EXPLAIN, STATES)
 """Topics of `Query` that are surveys."""
 
 
@@ -42,6 +43,7 @@ class SurveysOut(Protocol):
     def client_name(self, client: Client) -> str: ...
     def template(self, identifier: bytes) -> m.Template: ...
     def explain(self, asked: str) -> list[Finding]: ...
+    def states(self, kind: str) -> list[Report]: ...
 
 
 class Surveys:
@@ -97,11 +99,13 @@ class Surveys:
         """Send what this raylet has to say."""
         asked, self.asked = self.asked, []
         for rank, survey in asked:
-            answer: StoreStatistics | list[ObjectReport] | list[Finding]
+            answer: StoreStatistics | list[ObjectReport] | list[Finding] | list[Report]
             if survey.topic == STATISTICS:
                 answer = self.statistics(now)
             elif survey.topic == EXPLAIN:
                 answer = self._out.explain(msgspec.msgpack.decode(survey.arguments, type=str))
+            elif survey.topic == STATES:
+                answer = self._out.states(msgspec.msgpack.decode(survey.arguments, type=str))
             else:
                 answer = self.report(msgspec.msgpack.decode(survey.arguments, type=ObjectsWanted))
             self._out.send(rank, m.Surveyed(survey.client, survey.number, msgspec.msgpack.encode(answer)))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Container, Sequence
 from typing import Any
 from zlib import crc32
 
+import msgspec
+
 from hpcray.gcs.core import GcsCore
 from hpcray.protocol import messages as m
 from hpcray.protocol.codec import decode_from_client, decode_from_peer, decode_from_raylet, encode
@@ -272,7 +274,8 @@ class Cluster:
         process = node.processes[client.number] = Process(client, 0, node)
         self._drivers += 1
         client.job = b"job %d" % self._drivers
-        node.core.define(m.Define(client.job, b"a job's configuration"))
+        config = m.JobConfig(self._drivers.to_bytes(4, "little").hex(), "", "/", [], False)
+        node.core.define(m.Define(client.job, msgspec.json.encode(config)))
         node.core.welcome(client, client.job)
         node.end_turn()
         self.deliver(("down", 0, client.number))

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from hpcray import payload
+from hpcray.gcs.actors import ActorRecord
 from hpcray.gcs.core import GcsCore
 from hpcray.ids import task_id
 from hpcray.observe.findings import Finding
@@ -166,6 +167,9 @@ class _TimedGcs:
 
     def explain(self, asked: str) -> list[Finding]:
         return self.core.explain(asked)
+
+    def living_actors(self) -> list[ActorRecord]:
+        return self.core.living_actors()
 
     def on_message(self, rank: int, message: m.PeerMessage) -> None:
         start = perf_counter()

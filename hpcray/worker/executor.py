@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from hpcray import payload, runtime_context
+from hpcray import payload, ray_alias, runtime_context
 from hpcray.client import Client
 from hpcray.exceptions import RayError, RayTaskError, TaskCancelledError
 from hpcray.ids import object_id, shown_actor
@@ -125,6 +125,8 @@ class Executor:
             return
         self._job = self._client.job_definition = job
         config = msgspec.json.decode(self._client.blobs[job], type=m.JobConfig)
+        if config.as_ray:
+            ray_alias.install()
         environments = self._client.environments
         paths = [*environments.paths, *config.sys_path]
         for path in paths:

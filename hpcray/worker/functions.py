@@ -14,6 +14,7 @@ import cloudpickle
 import msgspec
 
 from hpcray.protocol.messages import Template
+from hpcray.worker.serialization import reducers
 
 _encode = msgspec.msgpack.Encoder(order="sorted").encode
 
@@ -25,7 +26,7 @@ def _reduce_code(code: CodeType) -> Any:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    dispatch_table: ClassVar[Any] = ChainMap({CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
+    dispatch_table: ClassVar[Any] = ChainMap(reducers, {CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
 
 
 def pickle_by_value(value: Any, buffer_callback: Callable[[PickleBuffer], bool] | None = None) -> bytes:

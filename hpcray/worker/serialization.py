@@ -8,8 +8,11 @@ it is pickled.
 
 from __future__ import annotations
 
+import copyreg
+import io
 import pickle
 import threading
+from collections import ChainMap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +38,9 @@ class _Context(threading.local):
 
 context = _Context()
 
+
+reducers: dict[type, Callable[[Any], Any]] = {}
+"""How instances of classes are pickled here if the user has said so, as in `copyreg.dispatch_table`."""
 
 _PICKLE, _RAW = bytes([payload.PICKLE]), bytes([payload.RAW])
 
@@ -94,7 +100,7 @@ def pickle_value(value: Any, buffers: list[pickle.PickleBuffer] | None = None) -
 
     try:
         try:
-            data = pickle.dumps(value, 5, buffer_callback=keep)
+            data = (_dumps_reduced if reducers else pickle.dumps)(value, 5, buffer_callback=keep)
             if b"__main__" not in data:
                 return data, context.pickled
         except Exception:
@@ -108,6 +114,17 @@ def pickle_value(value: Any, buffers: list[pickle.PickleBuffer] | None = None) -
         return data, context.pickled
     finally:
         context.pickled = outer
+
+
+def _dumps_reduced(
+    value: Any, protocol: int, *, buffer_callback: Callable[[pickle.PickleBuffer], bool] | None
+) -> bytes:
+    with io.BytesIO() as file:
+        pickler = pickle.Pickler(file, protocol, buffer_callback=buffer_callback)
+        others: Any = copyreg.dispatch_table
+        pickler.dispatch_table = ChainMap(reducers, others)
+        pickler.dump(value)
+        return file.getvalue()
 
 
 def deserialize(data: memoryview | bytes) -> Any:

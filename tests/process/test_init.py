@@ -215,3 +215,8 @@ def test_init_inside_a_task_raises_unless_told_to_ignore_it(own_init):
         return None
 
     assert hpcray.get(inside.remote()) is True
+
+
+def test_what_libraries_tell_rays_own_daemons_is_taken(own_init):
+    own_init.init(num_cpus=1, include_dashboard=False, _redis_password="secret", _memory=10**9, _temp_dir=None)
+    assert own_init.is_initialized()

@@ -26,7 +26,8 @@ CORES = {
     "raylet/core.py", "raylet/tasks.py", "raylet/calls.py", "raylet/pool.py", "raylet/actors.py", "raylet/ledger.py",
     "raylet/lanes.py", "raylet/groups.py", "raylet/clients.py", "raylet/surveys.py", "raylet/dependencies.py",
     "raylet/queues.py", "raylet/binding.py",
-    "raylet/sharing.py", "raylet/explaining.py", "observe/statistics.py", "observe/findings.py",
+    "raylet/sharing.py", "raylet/explaining.py", "raylet/states.py", "observe/states.py",
+    "observe/statistics.py", "observe/findings.py",
     "gcs/core.py", "gcs/actors.py", "gcs/scheduling.py", "gcs/views.py", "gcs/groups.py", "gcs/policies.py",
     "gcs/patience.py", "gcs/packing.py", "raylet/feasibility.py",
 }  # fmt: skip
@@ -80,7 +81,16 @@ def test_all_cores_exist():
 
 
 LAYERS = {
-    "values": {"ids", "resources", "payload", "exceptions", "config", "observe.statistics", "observe.findings"},
+    "values": {
+        "ids",
+        "resources",
+        "payload",
+        "exceptions",
+        "config",
+        "observe.statistics",
+        "observe.findings",
+        "observe.states",
+    },
     "protocol": {"protocol"},
     "cores": {
         "gcs",

@@ -220,6 +220,7 @@ def test_options_survive_the_command_line(num_cpus, resources, store, log_to_dri
         namespace=namespace,
     )
     arguments = job_arguments(options)
+    assert job_arguments(replace(options, as_ray=True)) == [*arguments, "--as-ray"]
     assert ("--no-log-to-driver" in arguments) == (not log_to_driver)
     given_options = dict(
         zip(arguments[::2], arguments[1::2], strict=False)
