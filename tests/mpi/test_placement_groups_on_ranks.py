@@ -13,6 +13,7 @@ import pytest
 import hpcray
 from hpcray.exceptions import ActorDiedError, TaskPlacementGroupRemoved, WorkerCrashedError
 from hpcray.util import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from hpcray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Inside
 
 pytestmark = [
     pytest.mark.mpi,
@@ -20,16 +21,6 @@ pytestmark = [
     pytest.mark.usefixtures("nothing_left_behind", "hpcray_job"),
 ]
 CPUS_OF_A_NODE = 2
-
-
-class Inside:
-    """A strategy, as `hpcray.util.scheduling_strategies` has it."""
-
-    placement_group_capture_child_tasks = None
-
-    def __init__(self, group: PlacementGroup, index: int = -1) -> None:
-        self.placement_group = group
-        self.placement_group_bundle_index = index
 
 
 @hpcray.remote
@@ -142,7 +133,10 @@ def test_many_tasks_run_in_any_bundle_of_any_node() -> None:
         time.sleep(0.02)
         return hpcray.get_runtime_context().get_node_id()
 
-    found = hpcray.get([slow.options(scheduling_strategy=Inside(group)).remote() for _ in range(100)], timeout=60)
+    found = hpcray.get(
+        [slow.options(scheduling_strategy=Inside(group)).remote() for _ in range(100)],
+        timeout=60,
+    )
     assert set(found) == set(nodes)
 
 

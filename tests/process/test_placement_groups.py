@@ -34,21 +34,10 @@ def pgs(hpcray):
 @pytest.fixture
 def inside(hpcray):
     """``f.options(**inside(group, 1))``: the options of what runs in a group."""
-    try:
-        module = importlib.import_module(f"{hpcray.__name__}.util.scheduling_strategies")
-    except ModuleNotFoundError:
-
-        class Strategy:
-            def __init__(self, group, index, capture):
-                self.placement_group = group
-                self.placement_group_bundle_index = index
-                self.placement_group_capture_child_tasks = capture
-
-    else:
-        Strategy = module.PlacementGroupSchedulingStrategy  # noqa: N806
+    strategy = importlib.import_module(f"{hpcray.__name__}.util.scheduling_strategies").PlacementGroupSchedulingStrategy
 
     def options(group, index=-1, *, capture=None, **others):
-        return {"scheduling_strategy": Strategy(group, index, capture), **others}
+        return {"scheduling_strategy": strategy(group, index, capture), **others}
 
     return options
 
