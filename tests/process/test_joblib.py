@@ -74,8 +74,8 @@ def test_options_of_the_tasks_may_be_given(hpcray):
     def cpus():
         return importlib.import_module(name).get_runtime_context().get_assigned_resources()["CPU"]
 
-    with joblib.parallel_config("ray", n_jobs=1, ray_remote_args={"num_cpus": 2}):
-        assert parallel((joblib.delayed(cpus)() for _ in range(2)), n_jobs=2) == [2, 2]
+    with joblib.parallel_config("ray", n_jobs=2, ray_remote_args={"num_cpus": 0.5}):
+        assert parallel(joblib.delayed(cpus)() for _ in range(2)) == [0.5, 0.5]
 
 
 @pytest.mark.beyond_ray("a detail of hpcray's")
