@@ -287,3 +287,24 @@ def test_labels_of_wrong_form_in_strategies_are_refused(strategies):
         within,
         lambda: within(5),
     )
+
+
+@pytest.mark.beyond_ray("Ray waits, as its cluster might grow")
+def test_what_no_node_could_run_fails_where_that_is_asked_for(own_init, monkeypatch):
+    monkeypatch.setenv("HPCRAY_FAIL_INFEASIBLE", "1")
+    hpcray = own_init
+    hpcray.init(num_cpus=1)
+
+    @hpcray.remote(num_cpus=64)
+    def large():
+        return None
+
+    @hpcray.remote(resources={"licence": 1})
+    class Licensed:
+        def call(self):
+            return None
+
+    with pytest.raises(hpcray.exceptions.TaskUnschedulableError, match=r"needs .*64.* no node of this job"):
+        hpcray.get(large.remote(), timeout=30)
+    with pytest.raises(hpcray.exceptions.ActorUnschedulableError, match="licence"):
+        hpcray.get(Licensed.remote().call.remote(), timeout=30)
