@@ -64,8 +64,8 @@ class GcsCore:
             m.WatchPlacementGroup: lambda rank, x: self.groups.on_watch(x.group, rank),
             m.BundlesReserved: self.groups.on_reserved,
             m.RegisterActor: lambda _, x: self.actors.on_register(x),
-            m.ActorStarted: lambda _, x: self.actors.on_started(x),
-            m.ActorEnded: lambda _, x: self.actors.on_ended(x),
+            m.ActorStarted: lambda _, x: self._on_actor_news(self.actors.on_started, x),
+            m.ActorEnded: lambda _, x: self._on_actor_news(self.actors.on_ended, x),
             m.ActorUnreferenced: lambda _, x: self.actors.on_unreferenced(x.actor),
             m.KillActor: lambda _, x: self.actors.on_kill(x.actor, no_restart=x.no_restart),
             m.WatchActor: lambda rank, x: self.actors.on_watch(x.actor, rank),
@@ -126,6 +126,8 @@ class GcsCore:
 
     def _on_stuck(self, message: m.Stuck) -> None:
         spec = self._template(message.template)
+        if spec.group and self.groups.is_pending(spec.group):
+            return  # which is told by itself
         if (spec.group or policies.feasible(spec, self.views.values())) and (why := self.why(message.template)):
             tasks = f"{message.count} tasks" if message.count > 1 else "1 task"
             self._notify(f"{tasks} {spec.name}() found no place for {PATIENCE:.0f} s, and none of them runs:", why)
@@ -138,6 +140,10 @@ class GcsCore:
         self.views[rank].on_load(load)
         self.scheduler.on_room(rank)
         self.groups.has_news = True
+
+    def _on_actor_news(self, handle: Callable[[Any], None], message: m.PeerMessage) -> None:
+        handle(message)
+        self.groups.has_news = True  # what was kept for the actor to come is no longer
 
     def _on_remove_group(self, group: bytes) -> None:
         self.groups.on_remove(group)

@@ -44,8 +44,8 @@ class Group:
     """One placement group that was not removed."""
 
     __slots__ = (
-        "asked", "fresh", "id", "is_looked_at", "is_refused", "is_unwanted", "kind", "placed", "serial", "spec", "state",
-        "watchers",
+        "asked", "fresh", "id", "is_hopeless", "is_looked_at", "is_refused", "is_unwanted", "kind",
+        "placed", "serial", "spec", "state", "watchers",
     )  # fmt: skip
 
     def __init__(self, spec: m.CreatePlacementGroup, serial: int) -> None:
@@ -65,7 +65,9 @@ class Group:
         self.is_refused = False
         """A raylet had no room: once all have answered, everything asked for is given back."""
         self.is_looked_at = False
-        """Whether it could be placed at all."""
+        """Whether it was looked whether it could be placed at all."""
+        self.is_hopeless = False
+        """It could not."""
         self.is_unwanted = False
         """It was removed meanwhile."""
         self.watchers: set[int] = set()
@@ -254,7 +256,8 @@ class PlacementGroups:
         if group.is_looked_at:
             return
         group.is_looked_at = True
-        if self.is_infeasible(group):
+        group.is_hopeless = self.is_infeasible(group)
+        if group.is_hopeless:
             name = f" {group.spec.name!r}" if group.spec.name else ""
             text = f"The placement group{name} {group.id.hex()} will wait for ever, as this job can never hold it:"
             lines = [text, *self.why_waiting(group).splitlines()]
@@ -294,7 +297,12 @@ class PlacementGroups:
     @property
     def waiting(self) -> dict[bytes, tuple[str, bytes]]:
         """Of those that wait for room and could have it some time, what to call them."""
-        return {i: (f"placement group {self.name_of(group)}", b"") for i, group in self._waiting.items()}
+        waiting = {i: group for i, group in self._waiting.items() if not group.is_hopeless}
+        return {i: (f"placement group {self.name_of(group)}", b"") for i, group in waiting.items()}
+
+    def is_pending(self, identifier: bytes) -> bool:
+        """Whether a group waits for room."""
+        return identifier in self._waiting
 
     def known(self) -> list[Group]:
         """All groups, and those that were removed lately."""

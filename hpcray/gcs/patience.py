@@ -23,6 +23,8 @@ class Patience:
     def overdue(self, now: float, waiting: Collection[bytes]) -> list[bytes]:
         """Those of `waiting`, all that wait now, who have done so for long, and of whom this was not said before."""
         if now < self._next_look:
+            if self.due is None and not self._since.keys() >= set(waiting):
+                self.due = self._next_look
             return []
         self._next_look = now + LOOK_SECONDS
         self._since = {one: self._since.get(one, now) for one in waiting}

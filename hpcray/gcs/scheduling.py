@@ -110,7 +110,9 @@ class Scheduler:
             for rank, count in demand.near.items():
                 if (node := nodes.get(rank)) is None:
                     continue
-                if share := min(count, self._places(template, spec, node)):
+                if (left := self._demands.get(template, {}).get(home)) is None:
+                    break
+                if share := min(count, left.count, self._places(template, spec, node)):
                     granted.append((home, self._take(template, home, node, share)))
 
     def _grant(
@@ -146,7 +148,8 @@ class Scheduler:
         homes = self._demands[template]
         demand = homes.pop(home)
         if demand.count > share:
-            homes[home] = m.Demand(template, demand.count - share, _less(demand.near, node.rank, share))
+            left = demand.count - share
+            homes[home] = m.Demand(template, left, _less(demand.near, node.rank, share, left))
         elif not homes:
             self._drop(template)
         node.take(template, share)
@@ -169,10 +172,15 @@ def _half(spec: m.Template, node: NodeView, places: dict[int, int]) -> int:
     return places[node.rank] * unused_half // free if free and unused_half > 0 else 0
 
 
-def _less(near: dict[int, int], rank: int, taken: int) -> dict[int, int]:
-    # The home sends those first that are near the node it was granted.
-    if rank not in near:
-        return near
-    left = near[rank] - taken
-    rest = {other: count for other, count in near.items() if other != rank}
-    return {rank: left, **rest} if left > 0 else rest
+def _less(near: dict[int, int], rank: int, taken: int, left: int) -> dict[int, int]:
+    """What of `near` remains when a rank was granted some, and `left` tasks wait in all: the home sends those first that are
+    near the rank, then those near none."""
+    rest = dict(near)
+    if rank in rest:
+        rest[rank] -= taken
+    for other in list(rest):
+        rest[other] = min(rest[other], left)
+        left -= max(0, rest[other])
+        if rest[other] <= 0:
+            del rest[other]
+    return rest

@@ -743,6 +743,10 @@ class RayletCore:
         ids = [me.gpu(number) for number in units.get("GPU", ())]
         self._out.to_client(worker.client, m.AssignGpus(me.gpu_variable, ids))
 
+    def has_group(self, group: bytes) -> bool:
+        """Whether all bundles of a placement group are set aside, as far as is known here."""
+        return self.groups.states.get(group) in ("created", "rescheduling")
+
     def watch_group(self, group: bytes) -> bool:
         """Whether something may run in a placement group, some time; from now on this raylet hears of its changes."""
         self.groups.watch(group)
@@ -880,7 +884,9 @@ class RayletCore:
             return self.templates[template].job == message.job
 
         self.tasks.end_job(is_of_job)
-        self.pool.drop_job(is_of_job)
+        for work in self.pool.drop_job(is_of_job):
+            name = self.templates[work.template].name
+            self._report_crash(work, payload.system_error("WorkerCrashedError", f"the job of {name} has ended"))
         for client in list(self.clients.values()):
             worker = client.worker
             # Actors are the GCS's to end: it knows which are detached.

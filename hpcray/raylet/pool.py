@@ -482,7 +482,7 @@ class Pool:
         works = list(worker.tasks.values())[-count:]
         for work in reversed(works):
             del worker.tasks[work.task]
-            self._push_first(work)
+            self._requeue(work)
         if not worker.tasks:
             self._drained.append(worker)
         template = works[0].template
@@ -570,11 +570,21 @@ class Pool:
         for _ in range(count):
             self.idle.append(self._out.spawn_worker())
 
-    def drop_job(self, is_of_job: Callable[[bytes], bool]) -> None:
-        """Forget what waits for workers and belongs to an ended job."""
+    def drop_job(self, is_of_job: Callable[[bytes], bool]) -> list[Work]:
+        """Take out what belongs to an ended job and was not started; its workers are about to be killed."""
+        dropped: list[Work] = []
         for template in self.classes_without_worker:
             if template and is_of_job(template) and self._out.template(template).actor is None:
-                self.withdraw(template, lambda _: True)
+                dropped += self.withdraw(template, lambda _: True)
+        for template, workers in self.leases.items():
+            if not is_of_job(template):
+                continue
+            for worker in workers:
+                for task in list(worker.tasks)[1:] if worker.actor is None else ():
+                    work = worker.tasks.pop(task)
+                    self.release_arguments(work)
+                    dropped.append(work)
+        return dropped
 
     def check(self) -> None:
         """Raise InternalError if leases, workers and ledger disagree. Slow: tests and HPCRAY_CHECK=1."""

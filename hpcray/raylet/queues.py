@@ -57,12 +57,15 @@ class ClassQueue(Generic[Item]):
 
     def hasten(self, task: bytes) -> bool:
         """Somebody waits for an item: it is the first now. False if it is not here."""
-        item = self.others.pop(task, None) or self.awaited.pop(task, None)
-        if item is None:
+        if (item := self.take(task)) is None:
             return False
         item.is_awaited = True
         self.push_first(task, item)
         return True
+
+    def take(self, task: bytes) -> Item | None:
+        """Take an item out, if it is here."""
+        return self.others.pop(task, None) or self.awaited.pop(task, None)
 
 
 class HomeQueue(ClassQueue[Item]):
@@ -109,4 +112,12 @@ class HomeQueue(ClassQueue[Item]):
         return item
 
     def hasten(self, task: bytes) -> bool:
-        return super().hasten(task) or any(queue.hasten(task) for queue in self.away.values())
+        """Who is waited for does not wait for a place far away, either."""
+        for rank, queue in self.away.items():
+            if (item := queue.take(task)) is not None:
+                item.is_awaited = True
+                self.push_first(task, item)
+                if not queue:
+                    del self.away[rank]
+                return True
+        return super().hasten(task)

@@ -28,6 +28,7 @@ from hpcray.store.references import References
 from hpcray.store.table import ObjectTable
 
 NOWHERE = -1
+NOTHING_ASKED: tuple[int, dict[int, int]] = (0, {})
 WORTH_ASKING = 1 << 20
 """Bytes of arguments on another host for which a task waits for a place there, rather than run here at once."""
 
@@ -48,6 +49,7 @@ class TasksOut(Protocol):
     def suits(self, template: m.Template) -> bool: ...
     def why_never(self, template: m.Template) -> str: ...
     def warn_if_infeasible(self, template: m.Template) -> None: ...
+    def has_group(self, group: bytes) -> bool: ...
     def watch_group(self, group: bytes) -> bool: ...
 
 
@@ -103,8 +105,8 @@ class Tasks:
         """Per class, the rank that was granted last."""
         self._looked_at: set[bytes] = set()
         """Classes whose demand was compared with what the job has."""
-        self._asked: dict[bytes, int] = {}
-        """Per class, how many tasks the GCS believes to be waiting here."""
+        self._asked: dict[bytes, tuple[int, dict[int, int]]] = {}
+        """Per class, how many tasks the GCS believes to be waiting here, and for which ranks."""
         self._waits_since: dict[bytes, float] = {}
         """Per class with a queue, when last one of its tasks was given a place."""
         self._warned: set[bytes] = set()
@@ -164,7 +166,7 @@ class Tasks:
 
     def _better_place(self, task: Task) -> int | None:
         """The rank of another host that has so much more of a task's arguments than this one that it is worth asking for."""
-        if self._out.is_alone or not task.dependencies:
+        if self._out.is_alone or not task.dependencies or task.is_awaited:
             return None
         template = self._out.template(task.template)
         if template.spread or template.node is not None or template.group:
@@ -224,11 +226,12 @@ class Tasks:
             waiting = len(queue)
             if not waiting:
                 self._drop_queue(identifier)
-            if not self._out.is_alone and waiting != self._asked.get(identifier, 0):
+            near = queue.near()
+            if not self._out.is_alone and (waiting, near) != self._asked.get(identifier, NOTHING_ASKED):
                 self._out.push_definitions(0, identifier)
-                self._out.to_gcs(m.Demand(identifier, waiting, queue.near()))
+                self._out.to_gcs(m.Demand(identifier, waiting, near))
                 if waiting:
-                    self._asked[identifier] = waiting
+                    self._asked[identifier] = waiting, near
                 else:
                     del self._asked[identifier]
         for identifier in [known for known in self._asked if known not in self.queues]:
@@ -237,6 +240,8 @@ class Tasks:
 
     def may_stay(self, template: m.Template) -> bool:
         """Whether tasks of this class may run here without the GCS having been asked."""
+        if template.group and not self._out.has_group(template.group):
+            return False  # bundles that were set aside may have to be given back
         return (not template.spread or self._out.is_alone) and self._out.suits(template)
 
     def on_grant(self, grant: m.Grant) -> None:
@@ -248,7 +253,8 @@ class Tasks:
             return
         self.ran_on[grant.template] = grant.rank
         # The GCS has taken the granted tasks off its count already.
-        self._asked[grant.template] = self._asked.get(grant.template, 0) - count
+        asked, near = self._asked.get(grant.template, NOTHING_ASKED)
+        self._asked[grant.template] = asked - count, near
         self._waits_since[grant.template] = self._out.now
         for _ in range(count):
             task = queue.pop_for(grant.rank)
@@ -264,7 +270,7 @@ class Tasks:
                 )
         if not queue:
             self._drop_queue(grant.template)
-            if self._asked.get(grant.template) == 0:
+            if asked == count:
                 del self._asked[grant.template]
 
     def _drop_queue(self, template: bytes) -> HomeQueue[Task]:

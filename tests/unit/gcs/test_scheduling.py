@@ -150,3 +150,15 @@ def test_an_overdrawn_node_has_no_room():
     node.on_load(load(-1))
     assert node.places(F, 0) == 0
     assert not node.has_room_for(CPU)
+
+
+def test_wishes_for_ranks_never_exceed_what_waits():
+    gcs = scheduler(2, 2, 2)
+    for rank, free in ((0, 2), (1, 0), (2, 0)):
+        report(gcs, rank, load(free))
+    gcs.on_demand(0, m.Demand(F, 4, {1: 2, 2: 2}))
+    assert granted(gcs.grants()) == {(0, 0): 2}
+    for rank in (1, 2):
+        report(gcs, rank, load(2))
+    assert granted(gcs.grants()).total() == 2
+    assert not gcs.has_demands

@@ -9,6 +9,7 @@ import pytest
 from hpcray import ids, payload
 from hpcray.protocol import messages as m
 from hpcray.raylet import groups as module
+from hpcray.raylet.pool import LOOK_SECONDS
 from hpcray.resources import UNIT
 from hpcray.testing.cluster import NONCE, Cluster
 from hpcray.testing.process import Process
@@ -357,3 +358,59 @@ def test_tasks_of_a_group_that_is_gone_fail_at_once():
     cluster.run()
     assert error_of(cluster, driver, driver.submit(in_group(cluster, driver, group))[0]) == "TaskPlacementGroupRemoved"
     is_clean(cluster)
+
+
+def test_nothing_starts_in_bundles_that_may_have_to_be_given_back():
+    cluster = Cluster([1, 1])
+    driver = cluster.add_driver()
+    core = cluster.ranks[1].core
+    busy = m.Template(job=b"j", function=b"f", name="busy", num_returns=1, resources={"CPU": UNIT}, max_retries=0)
+    taken = core.ledger.acquire(busy)  # of which the GCS has not heard
+    group = driver.create_group([{"CPU": UNIT}, {"CPU": UNIT}], "STRICT_SPREAD")
+    driver.submit(cluster.template(driver, "f", group=group))
+    cluster.run(check=False)
+    assert not cluster.running
+    core.ledger.release(taken)
+    cluster.advance(1.0)
+    cluster.run()
+    assert len(cluster.running) == 1
+
+
+@pytest.mark.parametrize("bundle", [-1, 0])
+def test_what_is_taken_back_from_a_dying_worker_of_a_removed_group_fails_too(bundle):
+    cluster = Cluster([1])
+    driver = cluster.add_driver()
+    group = driver.create_group([{"CPU": UNIT}])
+    cluster.run()
+    template = cluster.template(driver, "f", group=group, bundle=bundle)
+    driver.submit(template)
+    cluster.run()
+    cluster.running[0].finish(seconds=0.0001)
+    cluster.run()
+    refs = [driver.submit(template)[0] for _ in range(4)]
+    cluster.run()
+    (worker,) = cluster.running
+    cluster.advance(LOOK_SECONDS / 2)
+    driver.remove_group(group)
+    cluster.run(hold=[("up", 0, worker.number)])
+    for _ in range(2):
+        cluster.advance(LOOK_SECONDS)
+    cluster.run()
+    driver.get(refs)
+    cluster.run()
+    assert set(refs) <= set(driver.errors)
+
+
+def test_a_group_hears_that_an_actor_needs_no_more_than_it_has():
+    cluster = Cluster([0, 2])
+    driver = cluster.add_driver()
+    options = m.ActorOptions()
+    driver.create_actor(cluster.template(driver, "A", actor=options, resources={"CPU": UNIT}, num_returns=0))
+    cluster.run()
+    group = driver.create_group([{"CPU": UNIT}])
+    cluster.run()
+    cluster.running[0].finish()
+    cluster.run()
+    gcs = cluster.ranks[0].gcs
+    assert gcs is not None
+    assert gcs.groups.groups[group].state == "created"

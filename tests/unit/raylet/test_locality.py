@@ -68,11 +68,11 @@ def test_a_grant_takes_first_what_would_rather_run_there():
     for name, part in ((b"a", None), (b"b", 1), (b"c", 2), (b"d", 2)):
         queue.part(part).push(name, items[name])
     assert (len(queue), queue.count_here, queue.near()) == (4, 1, {1: 1, 2: 2})
-    assert queue.hasten(b"d")
+    assert queue.pop_for(2) is items[b"c"]
+    assert queue.hasten(b"d"), "who is waited for does not wait for a place far away"
+    assert queue.near() == {1: 1}
     assert queue.pop_for(2) is items[b"d"]
     assert queue.pop_for(7) is items[b"a"]
     assert queue.pop_for(7) is items[b"b"]
-    assert queue.near() == {2: 1}
-    assert queue.pop_for(1) is items[b"c"]
     assert not queue
     assert not queue.away

@@ -317,3 +317,28 @@ def test_a_task_bound_to_a_node_that_is_too_small_fails():
     cluster.run()
     assert list(driver.errors) == [small]
     assert len(cluster.running) == 1
+
+
+def test_the_tasks_of_an_ended_job_end_with_it_and_leave_nothing():
+    cluster = Cluster([1])
+    cluster.add_driver()
+    driver = cluster.add_driver()
+    template = cluster.template(driver, "f")
+    driver.submit(template)
+    cluster.run()
+    cluster.running[0].finish(seconds=0.0001)
+    cluster.run()
+    argument = driver.put(size=4000, large=True)
+    cluster.run()
+    for _ in range(8):
+        driver.submit(template, [argument])
+    cluster.run()
+    assert len(cluster.running[0].inbox) > 1, "some lie behind the one that runs"
+    cluster.kill(driver)
+    cluster.run()
+    node = cluster.ranks[0]
+    node.core.to_gcs(m.EndJob(driver.client.job))
+    node.end_turn()
+    cluster.run()
+    assert not cluster.running
+    assert cluster.leftovers() == []
