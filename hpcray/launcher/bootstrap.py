@@ -48,6 +48,8 @@ from hpcray.transport.poller import EventLoop
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+LAST_WORDS_SECONDS = 0.2
+"""How long launchers get to pass on what a rank has said: hydra drops it when it hears of the abort."""
 HANDOVER_TIMEOUT = 30.0
 """Seconds in which the ranks of a host hand their arenas over at boot."""
 CLOSE_TIMEOUT = 20.0
@@ -386,6 +388,7 @@ def _failing_cleanly(launch: Launch, forks: ForkServer) -> Iterator[None]:
     except Exception:
         traceback.print_exc()
         forks.end_children()
+        sleep(LAST_WORDS_SECONDS)
         _abort_mpi()
         _exit(1)
 

@@ -230,7 +230,8 @@ class Job:
         """What there is of the job now: one line each."""
         return [
             *(f"process {_describe(process)}" for process in self.processes()),
-            *(f"file {path}" for path in self._tmp.rglob("*") if not path.is_dir()),
+            # Unlike rglob, this may meet directories that are being removed.
+            *(f"file {folder}/{name}" for folder, _, names in os.walk(self._tmp) for name in names),
             *(f"file /dev/shm/{name}" for name in _shared_memory() - self._shm_before),
             *(f"socket {name}" for name in _sockets() - self._sockets_before),
         ]
