@@ -104,7 +104,7 @@ class GcsCore:
             self.groups.place()
         if self.actors.is_waiting_for_room:
             self.actors.place()
-        if self.is_waiting_for_room or self._patience.due is not None:
+        if (self.is_waiting_for_room or self._patience.due is not None) and self._patience.is_time(now):
             self._tell_of_the_overdue(now)
         if not self.scheduler.has_demands:
             return

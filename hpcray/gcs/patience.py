@@ -20,12 +20,16 @@ class Patience:
         self.due: float | None = None
         """When somebody will have waited long enough."""
 
+    def is_time(self, now: float) -> bool:
+        """Whether to look, since somebody waits; if not, it is to be asked again when `due`."""
+        if now >= self._next_look:
+            return True
+        if self.due is None:
+            self.due = self._next_look
+        return False
+
     def overdue(self, now: float, waiting: Collection[bytes]) -> list[bytes]:
         """Those of `waiting`, all that wait now, who have done so for long, and of whom this was not said before."""
-        if now < self._next_look:
-            if self.due is None and not self._since.keys() >= set(waiting):
-                self.due = self._next_look
-            return []
         self._next_look = now + LOOK_SECONDS
         self._since = {one: self._since.get(one, now) for one in waiting}
         self._told &= self._since.keys()

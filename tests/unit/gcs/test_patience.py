@@ -12,6 +12,8 @@ def test_who_waits_long_is_told_of_once():
     patience = Patience()
     assert patience.overdue(0.0, [b"a"]) == []
     assert patience.due == PATIENCE
+    assert not patience.is_time(LOOK_SECONDS / 2)
+    assert patience.is_time(5.0)
     assert patience.overdue(5.0, [b"a", b"b"]) == []
     assert patience.overdue(PATIENCE, [b"a", b"b"]) == [b"a"]
     assert patience.due == 5.0 + PATIENCE
@@ -25,9 +27,19 @@ def test_who_waits_again_waits_anew():
     patience.overdue(0.0, [b"a"])
     assert patience.overdue(PATIENCE, [b"a"]) == [b"a"]
     patience.overdue(20.0, [])
+    assert patience.due is None
     patience.overdue(30.0, [b"a"])
     assert patience.overdue(30.0 + LOOK_SECONDS, [b"a"]) == []
     assert patience.overdue(30.0 + PATIENCE, [b"a"]) == [b"a"]
+
+
+def test_who_comes_just_after_a_look_is_looked_at_in_time():
+    patience = Patience()
+    patience.overdue(0.0, [b"a"])
+    assert patience.overdue(PATIENCE, [b"a"]) == [b"a"]
+    assert patience.due is None
+    assert not patience.is_time(PATIENCE + LOOK_SECONDS / 2)
+    assert patience.due == PATIENCE + LOOK_SECONDS
 
 
 def test_drivers_hear_of_tasks_that_find_no_place_and_why():
