@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
@@ -209,6 +209,9 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
         nodes = make_nodes(everybody, config.store_share)
     except ValueError as error:
         raise LaunchError(str(error)) from None
+    binds = options.bind_workers or config.bind_workers
+    if binds and rank == 0:
+        _say_who_does_not_bind(nodes)
     arena = Arena.create(nodes[rank].arena_size)
     loop = EventLoop()
     server = RankServer(
@@ -221,7 +224,7 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
         config=replace(config, fail_infeasible=options.fail_infeasible or config.fail_infeasible),
         spill_dir=spill_directory(options.spill_dir or config.spill_dir, os.environ),
         log_dir=options.log_dir,
-        binding=_binding(nodes[rank]) if options.bind_workers or config.bind_workers else None,
+        binding=_binding(nodes[rank]) if binds else None,
     )
     if world and doorbell is not None:
         _connect_ranks(world, server, loop, doorbell, arena, everybody)
@@ -231,15 +234,18 @@ def _start_rank(options: JobOptions, config: configuration.Config, world: World 
 
 
 def _binding(node: NodeInfo) -> Binding | None:
-    if node.cpus:
-        return Binding(node.cpus, memory_nodes())
-    if node.resources.get("CPU"):
+    return Binding(node.cpus, memory_nodes()) if node.cpus else None
+
+
+def _say_who_does_not_bind(nodes: Sequence[NodeInfo]) -> None:
+    unbound = [node for node in nodes if node.resources.get("CPU") and not node.cpus]
+    if unbound:
+        hosts = ", ".join(dict.fromkeys(node.host for node in unbound))
         print(
-            f"hpcray: rank {node.rank} on {node.host} does not bind its workers, since other ranks or jobs may be using the same "
-            "CPUs: start fewer ranks on a host, or have the launcher give each rank CPUs of its own",
+            f"hpcray: {_count(len(unbound), 'rank')} on {hosts}: workers are not bound, since other ranks or jobs may be using "
+            "the same CPUs: start fewer ranks on a host, or have the launcher give each rank CPUs of its own",
             file=sys.stderr,
         )
-    return None
 
 
 def _agree(world: World, mine: Introduction) -> list[Introduction]:
