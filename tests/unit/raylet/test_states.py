@@ -6,7 +6,6 @@ from random import Random
 from typing import Any, TypeVar
 
 import msgspec
-import pytest
 
 from hpcray import ids
 from hpcray.observe.states import STAGES, ActorReport, ProcessReport, TaskReport
@@ -17,18 +16,6 @@ from hpcray.testing.process import Process
 
 FIRST = Random(0).choice
 R = TypeVar("R")
-
-
-@pytest.fixture
-def cluster() -> Cluster:
-    return Cluster([1, 1, 1])
-
-
-@pytest.fixture
-def driver(cluster: Cluster) -> Process:
-    driver = cluster.add_driver()
-    cluster.run(FIRST)
-    return driver
 
 
 def ask(cluster: Cluster, process: Process, kind: str, report: type[R]) -> list[R]:

@@ -6,7 +6,6 @@ from random import Random
 from typing import Any
 
 import msgspec
-import pytest
 
 from hpcray import ids
 from hpcray.observe.statistics import Amount, ObjectReport, ObjectsWanted, StoreStatistics
@@ -37,18 +36,6 @@ def statistics(cluster: Cluster, process: Process) -> list[StoreStatistics]:
 def reports(cluster: Cluster, process: Process, wanted: ObjectsWanted) -> dict[tuple[bytes, int], ObjectReport]:
     parts = msgspec.convert(ask(cluster, process, "objects", wanted), list[list[ObjectReport]])
     return {(report.id, report.rank): report for part in parts for report in part}
-
-
-@pytest.fixture
-def cluster() -> Cluster:
-    return Cluster([1, 1, 1])
-
-
-@pytest.fixture
-def driver(cluster: Cluster) -> Process:
-    driver = cluster.add_driver()
-    cluster.run(FIRST)
-    return driver
 
 
 def test_an_idle_job_has_nothing_on_any_rank(cluster, driver):
