@@ -27,6 +27,7 @@ COMMANDS: dict[str, list[str]] = {
     "idle": ["bench_idle.py"],
     "transfer": ["mpirun", "4", "bench_transfer.py"],
     "scheduling": ["bench_scheduling.py"],
+    "scale": ["bench_scale.py"],
     "policies": ["bench_policies.py"],
     "placement-groups-1": [*JOB, "bench_placement_groups.py"],
     "placement-groups-8": [*JOB, "-n", "8", "bench_placement_groups.py"],
